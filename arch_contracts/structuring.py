@@ -1,0 +1,108 @@
+"""TOML tables into frozen attrs classes, strictly: every mistake is named with the dotted key it stands at.
+
+A thin layer over cattrs: no value is converted silently (``1`` is no string, ``"1"`` no number), an unknown key names
+the nearest known one, and all mistakes of a document are reported together.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, get_args
+
+import cattrs
+from attrs import fields, has
+from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError
+from cattrs.gen import make_dict_structure_fn, override
+
+__all__ = ["make_converter", "mistakes", "toml_key", "unknown_key"]
+
+T = TypeVar("T")
+
+
+def toml_key(name: str) -> str:
+    """How an attribute is spelt in TOML: a trailing underscore guards a Python keyword (``else_``, ``global_``)."""
+    return name.removesuffix("_")
+
+
+def _strict(kind: type) -> Callable[[Any, type], Any]:
+    def convert(value: Any, _: type) -> Any:
+        if kind is float and type(value) is int:
+            return float(value)
+        if type(value) is not kind:
+            raise TypeError(f"wanted {kind.__name__}, found {value!r}")
+        return value
+
+    return convert
+
+
+def _literal(value: Any, annotation: Any) -> Any:
+    choices = get_args(annotation)
+    if value not in choices:
+        raise ValueError(f"wanted one of {', '.join(map(repr, choices))}, found {value!r}")
+    return value
+
+
+def make_converter() -> cattrs.Converter:
+    """A converter with the strictness above; callers register hooks for types of their own."""
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    for kind in (str, bool, int, float):
+        converter.register_structure_hook(kind, _strict(kind))
+    converter.register_structure_hook_func(
+        lambda kind: getattr(kind, "__origin__", None) is Literal, _literal
+    )
+
+    def structure_class(cls: type) -> Callable[[Any, type], Any]:
+        renames = {a.name: override(rename=toml_key(a.name)) for a in fields(cls) if a.name.endswith("_")}
+        inner = make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True, **renames)
+
+        def structure(value: Any, kind: type) -> Any:
+            if not isinstance(value, dict):
+                raise TypeError(f"wanted a table, found {value!r}")
+            return inner(value, kind)
+
+        return structure
+
+    converter.register_structure_hook_factory(has, structure_class)
+    return converter
+
+
+def mistakes(error: BaseException, where: str = "") -> list[str]:
+    """The mistakes in what a converter raised, one line each: ``norm.type: wanted one of …``."""
+    prefix = f"{where}: " if where else ""
+    match error:
+        case ClassValidationError():
+            lines = []
+            noted, rest = error.group_exceptions()
+            for inner, note in noted:
+                lines += mistakes(inner, _join(where, toml_key(note.name)))
+            for inner in rest:
+                lines += mistakes(inner, where)
+            return lines
+        case IterableValidationError():
+            noted_items, rest = error.group_exceptions()
+            lines = [
+                line for inner, note in noted_items for line in mistakes(inner, _join(where, str(note.index)))
+            ]
+            return lines + [line for inner in rest for line in mistakes(inner, where)]
+        case ForbiddenExtraKeysError():
+            return [
+                prefix + unknown_key(key, [toml_key(a.name) for a in fields(error.cl)])
+                for key in sorted(error.extra_fields)
+            ]
+        case KeyError():
+            return [f"{prefix}required, but not there"]
+        case _:
+            return [f"{prefix}{error}"]
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """The line for a key that does not exist, with the nearest that does."""
+    near = difflib.get_close_matches(key, known, 1)
+    return f"unknown key {key!r}" + (
+        f", did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}"
+    )
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key

@@ -1,0 +1,156 @@
+"""What a run is made of: the config file's tables as frozen data.
+
+Each class is one table, each attribute one key; the docstrings are what ``mortice config schema`` prints. Where a value
+came from (default, file, environment, flag) is the matter of `mortice.core.settings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from attrs import Attribute, field, frozen
+
+from mortice.core.errors import ConfigError
+from mortice.core.text.params import GenerationParams, SamplingParams
+
+__all__ = [
+    "ExecutorConfig",
+    "GenerationParams",
+    "KernelsConfig",
+    "LimitsConfig",
+    "ModelConfig",
+    "PluginsConfig",
+    "PromptConfig",
+    "RunConfig",
+    "SamplingParams",
+    "UploadConfig",
+]
+
+
+def _at_least(low: int) -> Callable[[Any, Attribute[int], int], None]:
+    def check(_: Any, attribute: Attribute[int], value: int) -> None:
+        if value < low:
+            raise ConfigError(f"{attribute.name}: found {value}, wanted at least {low}")
+
+    return check
+
+
+@frozen(kw_only=True)
+class ModelConfig:
+    """Which model.
+
+    Attributes:
+        path: the model file; relative to the config file it stands in.
+        contract: a contract in TOML to use instead of the registered one; relative to the config file.
+
+    """
+
+    path: Path | None = None
+    contract: Path | None = None
+
+
+@frozen(kw_only=True)
+class PromptConfig:
+    """What is asked.
+
+    Attributes:
+        text: the prompt.
+        system: a system message, for chat.
+        chat: whether the prompt goes through the model's own chat template.
+
+    """
+
+    text: str | None = None
+    system: str | None = None
+    chat: bool = False
+
+
+@frozen(kw_only=True)
+class PluginsConfig:
+    """Which plugins take part.
+
+    Attributes:
+        allow: if not empty, only these installed plugins; one that is missing or broken is an error.
+        block: never these.
+        strict: fail on any broken plugin instead of skipping it.
+        prefer: decides which of two plugins gives a key: ``"qtype:Q4_K" = "plugin"``; kinds are contract, qtype,
+            upload, executor and ``kernel:OPERATOR:QTYPE``.
+
+    """
+
+    allow: tuple[str, ...] = ()
+    block: tuple[str, ...] = ()
+    strict: bool = False
+    prefer: dict[str, str] = field(factory=dict)
+
+
+@frozen(kw_only=True)
+class ExecutorConfig:
+    """Where and how the program runs.
+
+    Attributes:
+        name: an executor's name, or ``auto``: CUDA where a usable GPU is, else the reference.
+        context: tokens a sequence may hold; 0 takes the model's own context, at most 4096.
+        kv: the type of the KV cache; ``auto`` is the executor's own choice.
+        step_tokens: the most tokens fed at once; longer prompts are fed in several steps.
+
+    """
+
+    name: str = "auto"
+    context: int = field(default=0, validator=_at_least(0))
+    kv: Literal["auto", "f32", "f16", "q8_0"] = "auto"
+    step_tokens: int = field(default=512, validator=_at_least(1))
+
+
+@frozen(kw_only=True)
+class UploadConfig:
+    """How weights become resident.
+
+    Attributes:
+        strategy: a strategy's name, or ``auto``: the executor's own choice.
+
+    """
+
+    strategy: str = "auto"
+
+
+@frozen(kw_only=True)
+class KernelsConfig:
+    """How weights are kept.
+
+    Attributes:
+        layout: ``auto`` takes the fastest layouts that fit, ``compact`` the smallest; a name takes that one wherever a
+            kernel has it.
+
+    """
+
+    layout: str = "auto"
+
+
+@frozen(kw_only=True)
+class LimitsConfig:
+    """Bounds on what a run may take.
+
+    Attributes:
+        memory_mib: device memory that may be used, in MiB; 0 is all that is free.
+
+    """
+
+    memory_mib: int = field(default=0, validator=_at_least(0))
+
+
+@frozen(kw_only=True)
+class RunConfig:
+    """Everything a run is made of, one table each."""
+
+    model: ModelConfig = ModelConfig()
+    prompt: PromptConfig = PromptConfig()
+    plugins: PluginsConfig = PluginsConfig()
+    executor: ExecutorConfig = ExecutorConfig()
+    upload: UploadConfig = UploadConfig()
+    kernels: KernelsConfig = KernelsConfig()
+    sampling: SamplingParams = SamplingParams()
+    generation: GenerationParams = GenerationParams()
+    limits: LimitsConfig = LimitsConfig()

@@ -1,0 +1,167 @@
+"""Descriptors that cross plugin hooks: what a loader returns and what a device is.
+
+Everything here is data. A loader fills it, validation reads it; no field is an unchecked number from a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from attrs import define, field, frozen
+from numpy.typing import NDArray
+
+from mortice.core.model.qtypes import GGML_TYPES, QType
+
+__all__ = ["DeviceInfo", "LoadOptions", "MetadataValue", "ModelFile", "TensorView"]
+
+MetadataValue = bool | int | float | str | NDArray[Any] | Sequence[str]
+"""A metadata value: a scalar, a one-dimensional numeric array, or a sequence of strings (decoded on first use)."""
+
+
+@frozen(eq=False, kw_only=True)
+class TensorView:
+    """One tensor of a model file, its bytes untouched and not copied.
+
+    Attributes:
+        name: the exact name in the file.
+        shape: extents, rows first (NumPy order; GGUF stores them reversed). The last axis is the row.
+        qtype: how rows are stored.
+        data: ``uint8``, one dimension, exactly ``qtype.nbytes(shape)`` long, read-only, a view of the mapped file.
+        offset: byte offset of the data in `path`.
+        path: the file the data lies in (split models have several).
+
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    qtype: QType
+    data: NDArray[np.uint8] = field(repr=False)
+    offset: int
+    path: Path
+
+    def __attrs_post_init__(self) -> None:
+        assert self.data.nbytes == self.qtype.nbytes(self.shape), (
+            f"{self.name}: shape, type and bytes disagree"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return self.data.nbytes
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count
+
+    @property
+    def columns(self) -> int:
+        """Length of a row."""
+        return self.shape[-1]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows (1 for a vector)."""
+        return self.elements // self.columns
+
+    def row_bytes(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """The bytes of rows [start, stop), shape (stop - start, bytes of a row); a view, no copy."""
+        return self.data.reshape(self.rows, -1)[start:stop]
+
+
+@define(eq=False, kw_only=True)
+class ModelFile:
+    """An opened model file: metadata and lazy tensor views. Close it, or use it as a context manager.
+
+    Attributes:
+        path: what was opened (the first shard of a split model).
+        format: the loader's format name, for instance ``gguf``.
+        version: the format's version as text.
+        metadata: keys and values in file order. GGUF's key names are used whatever the format.
+        metadata_offsets: byte offset of each key in `path`, where the format has such a thing.
+        tensors: views by exact name, in file order.
+        files: every file the model consists of.
+        loader: the name of the plugin that opened it (filled in by the registry).
+
+    """
+
+    path: Path
+    format: str
+    version: str
+    metadata: Mapping[str, MetadataValue] = field(repr=False)
+    tensors: Mapping[str, TensorView] = field(repr=False)
+    files: tuple[Path, ...]
+    metadata_offsets: Mapping[str, int] = field(factory=dict, repr=False)
+    loader: str = ""
+    _close: Callable[[], None] | None = field(default=None, repr=False)
+
+    @property
+    def architecture(self) -> str:
+        """``general.architecture``, or an empty string when the file does not say."""
+        value = self.metadata.get("general.architecture")
+        return value if isinstance(value, str) else ""
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all tensors."""
+        return sum(tensor.elements for tensor in self.tensors.values())
+
+    def close(self) -> None:
+        """Let go of the file. Views that are still referenced keep their mapping alive; calling twice is fine."""
+        close, self._close = self._close, None
+        if close is not None:
+            close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@frozen(kw_only=True)
+class LoadOptions:
+    """What `mortice_open_model` is told besides the path.
+
+    Attributes:
+        qtypes: every tensor type known in this run, by id (GGML's and those of plugins).
+
+    """
+
+    qtypes: Mapping[int, QType] = field(default=GGML_TYPES, repr=False)
+
+
+@frozen(kw_only=True)
+class DeviceInfo:
+    """Where a program runs.
+
+    Attributes:
+        kind: ``cpu`` or ``cuda``.
+        name: the device's own name, for instance ``NVIDIA H100 80GB HBM3``.
+        index: ordinal among devices of that kind.
+        total_bytes: memory of the device.
+        free_bytes: memory free when asked.
+        compute_capability: (major, minor) on CUDA, None elsewhere.
+
+    """
+
+    kind: str
+    name: str
+    index: int = 0
+    total_bytes: int
+    free_bytes: int
+    compute_capability: tuple[int, int] | None = None

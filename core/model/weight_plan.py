@@ -1,0 +1,299 @@
+"""Where every weight will lie: weight -> kernel layout -> offset and bytes, and what a run needs in memory.
+
+A plan is made from the program alone, before the device is touched. Its unit is a `WeightRef`: the parts of a fused
+tensor are planned one by one, and a tied head is planned once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from attrs import evolve, field, frozen
+from numpy.typing import NDArray
+
+from mortice.core.errors import DoesNotFitError, UnsupportedError
+from mortice.core.model.operators import WeightRef
+from mortice.core.model.program import Program
+from mortice.core.model.qtypes import QType
+from mortice.core.model.types import DeviceInfo, TensorView
+from mortice.core.model.validation import ValidatedModel
+
+__all__ = [
+    "ALIGNMENT",
+    "FitReport",
+    "Kernel",
+    "Layout",
+    "PlannedWeight",
+    "WeightPlan",
+    "fit_report",
+    "plan_weights",
+]
+
+ALIGNMENT = 256
+"""Every weight starts at a multiple of this many bytes (what CUDA's own allocator gives, and more than any load needs)."""
+
+
+class Layout(Protocol):
+    """How a weight lies in memory once it is resident."""
+
+    @property
+    def name(self) -> str:
+        """A name for tables; layouts with the same name are the same."""
+        ...
+
+    def nbytes(self, qtype: QType, rows: int, columns: int) -> int:
+        """Bytes of a weight; 0 when the layout uses the mapped file itself."""
+        ...
+
+    def store(self, rows: NDArray[np.uint8], columns: int, out: NDArray[np.uint8]) -> None:
+        """Write a weight.
+
+        Args:
+            rows: the bytes as in the file, shape (rows, bytes of a row).
+            columns: elements of a row.
+            out: ``nbytes(...)`` bytes to fill.
+
+        """
+        ...
+
+
+@frozen(eq=False, kw_only=True)
+class Kernel:
+    """An implementation of an operator for weights of one type.
+
+    Attributes:
+        operator: the operator's kind (``linear``).
+        qtype: the weight type's name (``Q4_K``).
+        layout: how it wants the weight to lie.
+        plugin: who gave it (filled in by the registry).
+
+    """
+
+    operator: str
+    qtype: str
+    layout: Layout
+    plugin: str = ""
+
+
+@frozen(eq=False, kw_only=True)
+class PlannedWeight:
+    """A weight with its place.
+
+    Attributes:
+        weight: which rows of which tensor.
+        tensor: the tensor in the file.
+        layout: how it will lie.
+        offset: byte offset in the arena.
+        nbytes: bytes there.
+
+    """
+
+    weight: WeightRef
+    tensor: TensorView = field(repr=False)
+    layout: Layout
+    offset: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, weight: WeightRef, tensor: TensorView, layout: Layout, offset: int) -> PlannedWeight:
+        """A weight at `offset` in `layout`."""
+        planned = cls(weight=weight, tensor=tensor, layout=layout, offset=offset, nbytes=0)
+        return evolve(planned, nbytes=layout.nbytes(tensor.qtype, planned.rows, planned.columns))
+
+    @property
+    def columns(self) -> int:
+        """Elements of a row; a vector is one row."""
+        return self.weight.columns if len(self.weight.shape) > 1 else self.weight.rows
+
+    @property
+    def rows(self) -> int:
+        """Rows used; a vector is one row."""
+        return self.weight.rows if len(self.weight.shape) > 1 else 1
+
+    def source(self) -> NDArray[np.uint8]:
+        """The bytes in the file, shape (rows, bytes of a row); a view."""
+        weight = self.weight
+        if len(weight.shape) > 1:
+            return self.tensor.row_bytes(weight.row_start, weight.row_stop)
+        start, stop = (self.tensor.qtype.row_bytes(edge) for edge in (weight.row_start, weight.row_stop))
+        return self.tensor.data[None, start:stop]
+
+
+@frozen(eq=False, kw_only=True)
+class WeightPlan:
+    """All weights of a program with their places in one arena of `arena_bytes`."""
+
+    model: ValidatedModel = field(repr=False)
+    program: Program
+    weights: tuple[PlannedWeight, ...] = field(repr=False)
+    arena_bytes: int
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the planned weights as stored in the file."""
+        return sum(planned.source().nbytes for planned in self.weights)
+
+    @property
+    def bytes_by_qtype(self) -> Mapping[str, int]:
+        """Bytes in the file by type name, largest first."""
+        counts: Counter[str] = Counter()
+        for planned in self.weights:
+            counts[planned.tensor.qtype.name] += planned.source().nbytes
+        return dict(counts.most_common())
+
+
+def plan_weights(
+    model: ValidatedModel, program: Program, kernels: Iterable[Kernel], *, prefer: str = "fastest"
+) -> WeightPlan:
+    """Choose a layout for each weight and lay the weights out.
+
+    Among the layouts that every operator reading a weight can use, `prefer` decides: ``fastest`` takes the first in
+    the order of `kernels`, ``compact`` the one with the fewest bytes, a layout's name that one where it is offered.
+
+    Raises:
+        UnsupportedError: listing each weight that no layout serves.
+
+    """
+    reasons: list[str] = []
+    weights: list[PlannedWeight] = []
+    offset = 0
+    offered: dict[tuple[str, str], list[Layout]] = {}
+    for kernel in kernels:
+        offered.setdefault((kernel.operator, kernel.qtype), []).append(kernel.layout)
+    for weight, operators in _readers(program).items():
+        tensor = model.tensor(weight)
+        candidates = [offered.get((kind, tensor.qtype.name), []) for kind in operators]
+        shared = [
+            layout
+            for layout in candidates[0]
+            if all(layout.name in {other.name for other in others} for others in candidates[1:])
+        ]
+        if not shared:
+            lacking = [
+                kind for kind, layouts in zip(operators, candidates, strict=True) if not layouts
+            ] or operators
+            reasons.append(
+                f"{weight.tensor}: no kernel for {' and '.join(lacking)} with {tensor.qtype.name} weights"
+            )
+            continue
+        planned = _place(weight, tensor, shared, prefer, offset)
+        weights.append(planned)
+        offset += -(-planned.nbytes // ALIGNMENT) * ALIGNMENT
+    if reasons:
+        raise UnsupportedError("\n".join(reasons))
+    return WeightPlan(model=model, program=program, weights=tuple(weights), arena_bytes=offset)
+
+
+def _place(
+    weight: WeightRef, tensor: TensorView, layouts: Sequence[Layout], prefer: str, offset: int
+) -> PlannedWeight:
+    placed = [PlannedWeight.of(weight, tensor, layout, offset) for layout in layouts]
+    if prefer == "compact":
+        return min(placed, key=lambda planned: planned.nbytes)
+    return next((planned for planned in placed if planned.layout.name == prefer), placed[0])
+
+
+def _readers(program: Program) -> Mapping[WeightRef, list[str]]:
+    readers: dict[WeightRef, list[str]] = {}
+    for operator in program.operators:
+        for weight in operator.weights:
+            kinds = readers.setdefault(weight, [])
+            if operator.kind not in kinds:
+                kinds.append(operator.kind)
+    return readers
+
+
+@frozen(kw_only=True)
+class FitReport:
+    """Whether a run fits, in bytes.
+
+    Attributes:
+        device: where.
+        context_length: tokens of KV cache counted.
+        weight_bytes: resident weights.
+        kv_bytes: KV cache for `context_length` tokens.
+        workspace_bytes: everything else that is allocated.
+        available_bytes: what may be used.
+        largest_context: the longest context that would fit, 0 when the weights alone do not.
+
+    """
+
+    device: DeviceInfo
+    context_length: int
+    weight_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    available_bytes: int
+    largest_context: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.weight_bytes + self.kv_bytes + self.workspace_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is there."""
+        return self.total_bytes <= self.available_bytes
+
+    def require(self) -> None:
+        """Refuse a run that does not fit.
+
+        Raises:
+            DoesNotFitError: saying needed, there, and what to change.
+
+        """
+        if self.fits:
+            return
+        advice = (
+            f"a context of {self.largest_context} tokens would fit"
+            if self.largest_context
+            else "its weights alone do not fit: take a smaller model or a smaller quantisation"
+        )
+        raise DoesNotFitError(
+            f"{self.device.name}: needs {_gib(self.total_bytes)} (weights {_gib(self.weight_bytes)}, "
+            f"KV cache for {self.context_length} tokens {_gib(self.kv_bytes)}, workspace {_gib(self.workspace_bytes)}), "
+            f"{_gib(self.available_bytes)} may be used; {advice}"
+        )
+
+
+def fit_report(
+    plan: WeightPlan,
+    device: DeviceInfo,
+    context_length: int,
+    *,
+    kv_bytes: Callable[[int], int],
+    workspace_bytes: Callable[[int], int],
+    available_bytes: int | None = None,
+) -> FitReport:
+    """What a run of `context_length` tokens needs; `kv_bytes` and `workspace_bytes` give bytes for a context."""
+    available = device.free_bytes if available_bytes is None else min(available_bytes, device.free_bytes)
+
+    def total(context: int) -> int:
+        return plan.arena_bytes + kv_bytes(context) + workspace_bytes(context)
+
+    return FitReport(
+        device=device,
+        context_length=context_length,
+        weight_bytes=plan.arena_bytes,
+        kv_bytes=kv_bytes(context_length),
+        workspace_bytes=workspace_bytes(context_length),
+        available_bytes=available,
+        largest_context=_largest(lambda context: total(context) <= available, plan.program.context_length),
+    )
+
+
+def _largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest n in 0 … limit with fits(n), fits being true up to some n and false after it; 0 when never."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"

@@ -1,0 +1,75 @@
+"""What `mortice_on_event` observers are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from attrs import frozen
+
+__all__ = [
+    "Event",
+    "GraphCaptured",
+    "ModelOpened",
+    "ModelValidated",
+    "StepDone",
+    "UploadProgress",
+    "WeightsPlanned",
+]
+
+
+@frozen(kw_only=True)
+class Event:
+    """Base of all events."""
+
+
+@frozen(kw_only=True)
+class ModelOpened(Event):
+    """A loader opened a file."""
+
+    path: Path
+    loader: str
+    tensors: int
+    seconds: float
+
+
+@frozen(kw_only=True)
+class ModelValidated(Event):
+    """A file was held against a contract."""
+
+    path: Path
+    contract: str
+    errors: int
+    warnings: int
+
+
+@frozen(kw_only=True)
+class WeightsPlanned(Event):
+    """Every weight has its place."""
+
+    weights: int
+    arena_bytes: int
+
+
+@frozen(kw_only=True)
+class UploadProgress(Event):
+    """Weights became resident; bytes are those of the file. The last one has ``done_bytes == total_bytes``."""
+
+    strategy: str
+    done_bytes: int
+    total_bytes: int
+
+
+@frozen(kw_only=True)
+class GraphCaptured(Event):
+    """A decode graph was captured."""
+
+    nodes: int
+    seconds: float
+
+
+@frozen(kw_only=True)
+class StepDone(Event):
+    """A step of the program ended."""
+
+    tokens: int
+    seconds: float

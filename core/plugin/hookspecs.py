@@ -1,0 +1,197 @@
+"""Every hook there is. A plugin is a module or an object with some of these, each marked with `hookimpl`.
+
+A package announces its plugin with an entry point in the group ``mortice``::
+
+    [project.entry-points.mortice]
+    my-plugin = "my_package.plugin"
+
+Plugins are asked in no promised order. Two that give the same key are a conflict, which the config decides
+(``[plugins] prefer``). Importing a plugin must not touch a GPU or import a CUDA package; do that inside the function
+that needs the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pluggy
+
+from mortice.arch_contracts.schema import Contract
+from mortice.core.model.findings import Finding
+from mortice.core.model.types import DeviceInfo, LoadOptions, ModelFile
+from mortice.core.model.weight_plan import Kernel
+from mortice.core.plugin.events import Event
+from mortice.core.plugin.interfaces import Executor, QuantizationType, UploadStrategy
+
+__all__ = ["CONTRACT_VERSION", "PROJECT", "HookSpecs", "hookimpl"]
+
+PROJECT = "mortice"
+
+CONTRACT_VERSION = 1
+"""Version of this file. A plugin may say which it was written for: ``mortice_contract_version = 1``."""
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks a function or method as the implementation of the hook of the same name."""
+
+
+class HookSpecs:
+    """The hooks."""
+
+    @hookspec
+    def mortice_open_model(self, path: Path, options: LoadOptions) -> ModelFile | None:
+        """Open a model file, or decline.
+
+        Called for each loader until one returns a model.
+
+        Args:
+            path: an existing file or folder.
+            options: the tensor types known in this run.
+
+        Returns:
+            The model, or None when the format is not this loader's.
+
+        Raises:
+            ModelFileError: when the format is this loader's and the file is broken; no other loader is asked then.
+
+        Example::
+
+            @hookimpl
+            def mortice_open_model(path, options):
+                if path.suffix != ".npz":
+                    return None
+                return open_npz(path, options.qtypes)
+
+        """
+
+    @hookspec
+    def mortice_arch_contracts(self) -> Iterable[Contract]:
+        """Architecture contracts; the key is each value of ``general.architecture`` a contract serves.
+
+        Called once when the registry is made.
+
+        Returns:
+            Contracts, commonly read with `mortice.arch_contracts.schema.parse_contract`.
+
+        Example::
+
+            @hookimpl
+            def mortice_arch_contracts():
+                text = resources.files("my_package").joinpath("phi3.toml").read_text()
+                return [parse_contract(text, "phi3.toml")]
+
+        """
+
+    @hookspec
+    def mortice_qtypes(self) -> Iterable[QuantizationType]:
+        """Quantisation types; the key is the type's name.
+
+        Called once when the registry is made.
+
+        Returns:
+            Types with a NumPy reference, and a CUDA traits header where there is one.
+
+        Example::
+
+            @hookimpl
+            def mortice_qtypes():
+                return [QuantizationType(qtype=QType(200, "TERNARY", 64, 18), dequantize=ternary_to_float32)]
+
+        """
+
+    @hookspec
+    def mortice_kernels(self, device: DeviceInfo) -> Iterable[Kernel]:
+        """Operator kernels beyond the executor's own.
+
+        Called when weights are planned.
+
+        Args:
+            device: where they would run.
+
+        Returns:
+            Kernels. One for an operator and weight type that the executor serves itself is used only when
+            ``[kernels] prefer`` names the plugin.
+
+        Example::
+
+            @hookimpl
+            def mortice_kernels(device):
+                return [Kernel(operator="linear", qtype="TERNARY", layout=TernaryPlanes())] if device.kind == "cuda" else []
+
+        """
+
+    @hookspec
+    def mortice_upload_strategies(self) -> Iterable[UploadStrategy]:
+        """Ways to make weights resident; the key is the strategy's name.
+
+        Called once when the registry is made.
+
+        Returns:
+            Strategies. Making one must not touch a device.
+
+        Example::
+
+            @hookimpl
+            def mortice_upload_strategies():
+                return [DirectStorageUpload()]
+
+        """
+
+    @hookspec
+    def mortice_executors(self) -> Iterable[Executor]:
+        """Executors; the key is the executor's name.
+
+        Called once when the registry is made.
+
+        Returns:
+            Executors. Making one must not touch a device.
+
+        Example::
+
+            @hookimpl
+            def mortice_executors():
+                return [TorchExecutor()]
+
+        """
+
+    @hookspec
+    def mortice_validate(self, model: ModelFile, contract: Contract) -> Iterable[Finding]:
+        """Findings beyond those of the core.
+
+        Called once for each file, before any tensor is read; an error among them keeps the model from going on.
+
+        Args:
+            model: the opened file.
+            contract: what it is held against.
+
+        Returns:
+            Findings; their ``plugin`` is filled in.
+
+        Example::
+
+            @hookimpl
+            def mortice_validate(model, contract):
+                if "general.license" not in model.metadata:
+                    yield Finding(rule="acme.license", severity="warning", subject="general.license",
+                                  found="missing", wanted="a licence, before deployment")
+
+        """
+
+    @hookspec
+    def mortice_on_event(self, event: Event) -> None:
+        """Something happened: a file was opened, weights moved, a graph was captured, a step ended.
+
+        Called often and on the thread that works, so be quick. An exception here fails the run and names the plugin.
+
+        Args:
+            event: one of `mortice.core.plugin.events`.
+
+        Example::
+
+            @hookimpl
+            def mortice_on_event(event):
+                if isinstance(event, StepDone):
+                    metrics.observe(event.tokens, event.seconds)
+
+        """

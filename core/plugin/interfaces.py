@@ -1,0 +1,197 @@
+"""What plugins provide and what they are handed: the shapes of the tenons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from attrs import define, field, frozen
+from numpy.typing import NDArray
+
+from mortice.core.model.program import Program
+from mortice.core.model.qtypes import QType
+from mortice.core.model.residency import Arena, BoundModel, ResidentWeights
+from mortice.core.model.types import DeviceInfo
+from mortice.core.model.weight_plan import Kernel
+from mortice.core.plugin.events import Event
+
+__all__ = [
+    "Emit",
+    "Executor",
+    "QuantizationType",
+    "Runtime",
+    "RuntimeSettings",
+    "StepPart",
+    "TokenSequence",
+    "UploadStrategy",
+]
+
+Emit = Callable[[Event], None]
+"""How a plugin tells observers something."""
+
+
+@define(eq=False, kw_only=True)
+class QuantizationType:
+    """A quantisation type: how its bytes become numbers.
+
+    Attributes:
+        qtype: id, name and block shape.
+        dequantize: bytes of rows, ``uint8`` of shape (rows, bytes of a row), to ``float32`` of shape (rows, columns).
+        traits: the CUDA traits header, where there is one.
+
+    """
+
+    qtype: QType
+    dequantize: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+    traits: Path | None = None
+
+
+class UploadStrategy(Protocol):
+    """A way to make weights resident."""
+
+    name: str
+    device_kind: str
+    """The kind of arena it fills: ``cpu`` or ``cuda``."""
+
+    def upload(self, resident: ResidentWeights, emit: Emit) -> int:
+        """Bring every missing weight into the arena and mark it.
+
+        Args:
+            resident: the plan, its arena, and what is already there.
+            emit: called with `UploadProgress`.
+
+        Returns:
+            Bytes written into the arena; 0 when nothing was missing.
+
+        """
+        ...
+
+
+@frozen(kw_only=True)
+class RuntimeSettings:
+    """How a runtime is opened.
+
+    Attributes:
+        context_length: tokens a sequence may hold.
+        kv_type: the type of the KV cache (``f32``, ``f16``, ``q8_0``), or ``auto``; an executor refuses what it lacks.
+        step_tokens: the most tokens of one step; longer prompts are fed in several.
+
+    """
+
+    context_length: int
+    kv_type: str = "auto"
+    step_tokens: int = 512
+
+
+class TokenSequence(Protocol):
+    """One sequence of tokens with its KV cache."""
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from position `length` on."""
+        ...
+
+    def close(self) -> None:
+        """Give its memory back."""
+        ...
+
+
+@frozen(eq=False, kw_only=True)
+class StepPart:
+    """What one sequence does in a step.
+
+    Attributes:
+        sequence: which.
+        token_ids: tokens that follow those it has, at least one.
+        logits: for which of them logits are wanted.
+
+    """
+
+    sequence: TokenSequence
+    token_ids: Sequence[int] = field(validator=lambda _, __, ids: _not_empty(ids))
+    logits: Literal["last", "all", "none"] = "last"
+
+
+def _not_empty(ids: Sequence[int]) -> None:
+    if len(ids) == 0:
+        raise ValueError("a step part has at least one token")
+
+
+class Runtime(Protocol):
+    """A program on a device, ready to step."""
+
+    settings: RuntimeSettings
+
+    def new_sequence(self) -> TokenSequence:
+        """An empty sequence."""
+        ...
+
+    def step(self, parts: Sequence[StepPart]) -> NDArray[np.float32]:
+        """Run the program once over the tokens of all parts.
+
+        Returns:
+            float32, shape (rows asked for, vocab_size), in the order of the parts and of their tokens.
+
+        Raises:
+            InputError: before any work, for a token id outside the vocabulary or more tokens than the context holds.
+
+        """
+        ...
+
+    def close(self) -> None:
+        """Give all memory back; calling twice is fine."""
+        ...
+
+
+class Executor(Protocol):
+    """Runs programs on one kind of device."""
+
+    name: str
+
+    def device(self) -> DeviceInfo:
+        """The device it would use.
+
+        Raises:
+            DeviceError: when there is none it can use, saying what is missing and how to go on without.
+
+        """
+        ...
+
+    def kernels(self, device: DeviceInfo, qtypes: Sequence[QuantizationType]) -> Sequence[Kernel]:
+        """What it can run, preferred layouts first."""
+        ...
+
+    def unsupported(self, program: Program, settings: RuntimeSettings) -> Sequence[str]:
+        """Reasons why it cannot run this program; empty when it can. Weight types are checked by the plan."""
+        ...
+
+    def kv_bytes(self, program: Program, settings: RuntimeSettings) -> int:
+        """Bytes of the KV cache of one full sequence."""
+        ...
+
+    def workspace_bytes(self, program: Program, settings: RuntimeSettings) -> int:
+        """Bytes it allocates besides weights and KV cache."""
+        ...
+
+    def allocate(self, nbytes: int) -> Arena:
+        """Memory for weights.
+
+        Raises:
+            DoesNotFitError: when it is not there.
+
+        """
+        ...
+
+    def default_upload(self) -> str:
+        """The name of the strategy taken for ``upload.strategy = "auto"``."""
+        ...
+
+    def open(self, model: BoundModel, settings: RuntimeSettings, emit: Emit) -> Runtime:
+        """Make a runtime of a bound model."""
+        ...

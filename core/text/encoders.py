@@ -1,0 +1,223 @@
+"""From a checked vocabulary to the compiled tokenizer (the `tokenizers` package) that encodes plain text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from attrs import frozen
+
+from mortice.core.errors import TokenizerError
+from mortice.core.text.vocabulary import PREFIX, TokenType, Vocabulary
+
+if TYPE_CHECKING:
+    import tokenizers
+
+__all__ = ["BYTE_OF_CHAR", "SPACE", "Encoder", "build_encoder"]
+
+SPACE = "▁"
+"""SentencePiece's visible space, U+2581."""
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes for U+0100 and up."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    chars = [chr(byte) for byte in printable] + [chr(0x100 + i) for i in range(len(others))]
+    return dict(zip(chars, printable + others, strict=True))
+
+
+BYTE_OF_CHAR: Mapping[str, int] = _byte_alphabet()
+"""The byte that each character of a byte-level token stands for."""
+
+
+@frozen(eq=False, kw_only=True)
+class Encoder:
+    """Encodes text in which nothing is special.
+
+    Attributes:
+        compiled: the Rust tokenizer; ids at or above the vocabulary's size are symbols that are not tokens.
+        prepare: puts text into the form the tokens are written in.
+        expansions: what each of those symbols becomes, in the order of their ids.
+        vocab_size: number of tokens.
+
+    """
+
+    compiled: tokenizers.Tokenizer
+    prepare: Callable[[str], str]
+    expansions: tuple[tuple[int, ...], ...]
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`."""
+        ids: list[int] = self.compiled.encode(self.prepare(text), add_special_tokens=False).ids
+        if self.expansions and ids and max(ids) >= self.vocab_size:
+            return [token for id_ in ids for token in self._expand(id_)]
+        return ids
+
+    def _expand(self, id_: int) -> tuple[int, ...]:
+        return (id_,) if id_ < self.vocab_size else self.expansions[id_ - self.vocab_size]
+
+
+def build_encoder(vocabulary: Vocabulary) -> Encoder:
+    """The encoder for `vocabulary`.
+
+    Raises:
+        TokenizerError: a merge refers to a token that is not there, or the normalisation table is broken.
+
+    """
+    return _BUILDERS[vocabulary.kind](vocabulary)
+
+
+def _matchable(vocabulary: Vocabulary) -> dict[str, int]:
+    """Tokens that plain text may become. Never control tokens: text must not be able to spell one."""
+    hidden = {TokenType.CONTROL, TokenType.UNKNOWN}
+    ids = dict(vocabulary.ids)
+    for token, kind in enumerate(vocabulary.types):
+        if kind in hidden:
+            ids.pop(vocabulary.tokens[token], None)
+    return ids
+
+
+def _bpe(vocabulary: Vocabulary) -> Encoder:
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    pre = vocabulary.pre
+    assert pre is not None, "a BPE vocabulary knows its pre-tokenizer"
+    ids = _matchable(vocabulary)
+    size = len(vocabulary.tokens)
+    # A byte that has no token still keeps its neighbours from merging; it is dropped afterwards.
+    missing = [char for char in BYTE_OF_CHAR if char not in ids] if pre.byte_level else []
+    ids.update((char, size + i) for i, char in enumerate(missing))
+    merges = [_split_merge(merge) for merge in vocabulary.merges]
+    try:
+        model = models.BPE(ids, merges, ignore_merges=pre.ignore_merges, byte_fallback=not pre.byte_level)
+    except Exception as error:
+        raise TokenizerError(_merge_fault(merges, ids) or f"{PREFIX}merges: {error}") from error
+    compiled = Tokenizer(model)
+    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
+    if pre.byte_level:
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    compiled.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    return Encoder(
+        compiled=compiled,
+        prepare=str if pre.byte_level else _show_spaces,
+        expansions=((),) * len(missing),
+        vocab_size=size,
+    )
+
+
+def _split_merge(merge: str) -> tuple[str, str]:
+    # The separator is the first space after the first character: a token may itself begin with one.
+    left, _, right = merge.partition(" ") if merge[:1] != " " else (" ", *merge[1:].partition(" ")[1:])
+    return left, right
+
+
+def _merge_fault(merges: list[tuple[str, str]], ids: Mapping[str, int]) -> str | None:
+    for i, (left, right) in enumerate(merges):
+        for text in (left, right, left + right):
+            if text not in ids:
+                return f"{PREFIX}merges: entry {i} ({left!r} + {right!r}) needs {text!r}, which plain text has no token for"
+    return None
+
+
+def _show_spaces(text: str) -> str:
+    return text.replace(" ", SPACE)
+
+
+def _spm(vocabulary: Vocabulary) -> Encoder:
+    """SentencePiece BPE: of all neighbours whose concatenation is a token, join those with the best score first.
+
+    Every way to cut a token in two becomes a merge, ranked by the token's score; that makes it ordinary BPE.
+    """
+    from tokenizers import Tokenizer, models
+
+    size = len(vocabulary.tokens)
+    ids = {
+        text: token
+        for text, token in _matchable(vocabulary).items()
+        if vocabulary.types[token] != TokenType.BYTE
+    }
+    # Characters that only occur inside longer tokens take part in merges; left over, they become bytes.
+    alphabet = {char for text in ids for char in text}
+    loose = sorted(alphabet - ids.keys())
+    ids.update((char, size + i) for i, char in enumerate(loose))
+    bytes_ = _byte_tokens(vocabulary)
+    unknown = () if vocabulary.unk_id is None else (vocabulary.unk_id,)
+    expansions = tuple(
+        tuple(bytes_[byte] for byte in char.encode()) if len(bytes_) == 256 else unknown for char in loose
+    )
+    merges = _merges_by_score(vocabulary, ids)
+    for byte, token in bytes_.items():
+        ids[f"<0x{byte:02X}>"] = token
+    unk_token = None if vocabulary.unk_id is None else vocabulary.tokens[vocabulary.unk_id]
+    if unk_token is not None:
+        ids[unk_token] = unknown[0]
+    model = models.BPE(ids, merges, byte_fallback=len(bytes_) == 256, unk_token=unk_token, fuse_unk=True)
+    prefix = SPACE if vocabulary.add_space_prefix else ""
+    return Encoder(
+        compiled=Tokenizer(model),
+        prepare=lambda text: prefix + _show_spaces(text),
+        expansions=expansions,
+        vocab_size=size,
+    )
+
+
+def _byte_tokens(vocabulary: Vocabulary) -> dict[int, int]:
+    return {
+        int(vocabulary.tokens[token][3:5], 16): token
+        for token, kind in enumerate(vocabulary.types)
+        if kind == TokenType.BYTE
+    }
+
+
+def _merges_by_score(vocabulary: Vocabulary, ids: Mapping[str, int]) -> list[tuple[str, str]]:
+    scores = vocabulary.scores.tolist()
+    size = len(scores)
+    ranked = sorted(
+        (-scores[token], token, text) for text, token in ids.items() if token < size and len(text) > 1
+    )
+    return [
+        (text[:cut], text[cut:])
+        for _, _, text in ranked
+        for cut in range(1, len(text))
+        if text[:cut] in ids and text[cut:] in ids
+    ]
+
+
+def _unigram(vocabulary: Vocabulary) -> Encoder:
+    """SentencePiece unigram: the cut with the highest sum of scores (Viterbi)."""
+    from tokenizers import Tokenizer, models, normalizers
+
+    if vocabulary.unk_id is None:
+        raise TokenizerError(
+            f"{PREFIX}unknown_token_id: missing, wanted the token for text that has no other"
+        )
+    kinds = {TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED}
+    # A token that text must not spell keeps its place in the list, under the empty text, which matches nothing.
+    entries = [
+        (text if kind in kinds else "", 0.0 if kind != TokenType.NORMAL else score)
+        for text, kind, score in zip(
+            vocabulary.tokens, vocabulary.types, vocabulary.scores.tolist(), strict=True
+        )
+    ]
+    compiled = Tokenizer(models.Unigram(entries, vocabulary.unk_id, False))
+    normalise: Callable[[str], str] = str
+    if vocabulary.charsmap:
+        try:
+            normalise = normalizers.Precompiled(vocabulary.charsmap).normalize_str
+        except Exception as error:
+            raise TokenizerError(f"{PREFIX}precompiled_charsmap: {error}") from error
+    prefix = SPACE if vocabulary.add_space_prefix else ""
+
+    def prepare(text: str) -> str:
+        text = normalise(text)
+        if vocabulary.remove_extra_whitespaces:
+            return "".join(SPACE + word for word in text.split(" ") if word)
+        return (prefix if re.search("[^ ]", text) else "") + _show_spaces(text)
+
+    return Encoder(compiled=compiled, prepare=prepare, expansions=(), vocab_size=len(vocabulary.tokens))
+
+
+_BUILDERS: Mapping[str, Callable[[Vocabulary], Encoder]] = {"bpe": _bpe, "spm": _spm, "unigram": _unigram}

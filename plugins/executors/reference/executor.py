@@ -1,0 +1,127 @@
+"""The reference executor: NumPy on the CPU, float32 throughout."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from attrs import define, field
+from numpy.typing import NDArray
+
+from mortice.core.errors import DoesNotFitError
+from mortice.core.model.operators import OPERATOR_KINDS
+from mortice.core.model.program import Program
+from mortice.core.model.residency import BoundModel
+from mortice.core.model.types import DeviceInfo
+from mortice.core.model.weight_plan import Kernel
+from mortice.core.plugin.interfaces import Emit, QuantizationType, RuntimeSettings
+from mortice.plugins.executors.reference.layouts import ExpandedLayout, FileLayout
+from mortice.plugins.executors.reference.runtime import ReferenceRuntime
+
+__all__ = ["HostArena", "ReferenceExecutor"]
+
+_WITH_WEIGHTS = ("linear", "embed", "embed_positions", "norm", "add_bias", "rope")
+_KV_TYPES = ("auto", "f32")
+
+
+@define(eq=False)
+class HostArena:
+    """Zeroed pages of host memory, taken from the system as they are touched."""
+
+    nbytes: int
+    kind: str = "cpu"
+    _data: NDArray[np.uint8] | None = field(init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        try:
+            self._data = np.zeros(self.nbytes, np.uint8)
+        except MemoryError:
+            raise DoesNotFitError(f"cpu: {self.nbytes} bytes for weights could not be allocated") from None
+
+    @property
+    def address(self) -> int:
+        view = self.host_view()
+        return int(view.ctypes.data)
+
+    def host_view(self) -> NDArray[np.uint8]:
+        assert self._data is not None, "the arena was closed"
+        return self._data
+
+    def close(self) -> None:
+        self._data = None
+
+
+@define(eq=False)
+class ReferenceExecutor:
+    """Interprets programs in float32; the oracle, and what runs where there is no GPU."""
+
+    name: str = "reference"
+
+    def device(self) -> DeviceInfo:
+        total, free = _memory()
+        name = f"CPU ({os.cpu_count()} cores, {platform.machine()})"
+        return DeviceInfo(kind="cpu", name=name, total_bytes=total, free_bytes=free)
+
+    def kernels(self, device: DeviceInfo, qtypes: Sequence[QuantizationType]) -> Sequence[Kernel]:
+        layouts = [layout for type_ in qtypes for layout in (ExpandedLayout(type_), FileLayout(type_))]
+        return [
+            Kernel(operator=operator, qtype=layout.type.qtype.name, layout=layout)
+            for layout in layouts
+            for operator in _WITH_WEIGHTS
+        ]
+
+    def unsupported(self, program: Program, settings: RuntimeSettings) -> Sequence[str]:
+        reasons = [
+            f"{operator.name}: no operator {operator.kind!r}"
+            for operator in program.operators
+            if operator.kind not in OPERATOR_KINDS
+        ]
+        if settings.kv_type not in _KV_TYPES:
+            reasons.append(
+                f"executor.kv = {settings.kv_type!r}: the reference executor keeps {' or '.join(_KV_TYPES)}"
+            )
+        return reasons
+
+    def kv_bytes(self, program: Program, settings: RuntimeSettings) -> int:
+        return 4 * settings.context_length * sum(shape.elements for shape in program.kv)
+
+    def workspace_bytes(self, program: Program, settings: RuntimeSettings) -> int:
+        # The widest moment of a step: the logits of every token asked for one at a time, attention's block of scores,
+        # and the few buffers alive together, of which gate, up and their product are the widest.
+        widest = max(buffer.width for operator in program.operators for buffer in operator.outputs)
+        body = max(
+            buffer.width
+            for operator in program.operators
+            for buffer in operator.outputs
+            if operator.layer is not None
+        )
+        return 4 * (widest + settings.step_tokens * 6 * body) + 3 * (16 << 20)
+
+    def allocate(self, nbytes: int) -> HostArena:
+        return HostArena(nbytes)
+
+    def default_upload(self) -> str:
+        return "host"
+
+    def open(self, model: BoundModel, settings: RuntimeSettings, emit: Emit) -> ReferenceRuntime:
+        return ReferenceRuntime(model, settings, emit)
+
+
+def _memory() -> tuple[int, int]:
+    """Total and available bytes of memory, the limit of the control group counted in where there is one."""
+    page, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
+    total = page * pages
+    free = page * os.sysconf("SC_AVPHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():  # MemAvailable counts what the page cache would give back
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text(encoding="ascii").strip()) != "max":
+        total = min(total, int(text))
+        free = min(free, max(0, int(text) - int(used.read_text(encoding="ascii"))))
+    return total, free

@@ -1,0 +1,260 @@
+"""Interprets a program operator by operator."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+from attrs import define, field, frozen
+from numpy.typing import NDArray
+
+from mortice.core.errors import ExecutionError, InputError
+from mortice.core.model import operators as op
+from mortice.core.model.residency import BoundModel
+from mortice.core.model.rope import rope_frequencies
+from mortice.core.model.weight_plan import PlannedWeight
+from mortice.core.plugin.events import StepDone
+from mortice.core.plugin.interfaces import Emit, RuntimeSettings, StepPart, TokenSequence
+from mortice.plugins.executors.reference import ops
+from mortice.plugins.executors.reference.kv_cache import ReferenceSequence
+from mortice.plugins.executors.reference.layouts import FileLayout
+
+__all__ = ["ReferenceRuntime"]
+
+Array = NDArray[np.float32]
+
+
+@frozen(eq=False)
+class _Weight:
+    """A bound weight: float32 as a whole, or rows expanded from the file on demand."""
+
+    planned: PlannedWeight
+    expanded: Array | None
+
+    def rows(self, index: Any) -> Array:
+        """float32, shape (rows of `index`, columns)."""
+        if self.expanded is not None:
+            return cast(Array, self.expanded[index])
+        layout = cast(FileLayout, self.planned.layout)
+        return layout.type.dequantize(np.ascontiguousarray(self.planned.source()[index]))
+
+    def vector(self) -> Array:
+        """All elements in one dimension, for weights that are vectors."""
+        return self.rows(slice(None)).reshape(-1)
+
+    def apply(self, x: Array) -> Array:
+        """``x @ weight.T``."""
+        if self.expanded is not None:
+            return ops.linear(x, self.expanded)
+        piece = max(1, (1 << 24) // self.planned.columns)  # 64 MiB of float32 at a time
+        starts = range(0, self.planned.rows, piece)
+        return np.concatenate(
+            [ops.linear(x, self.rows(slice(start, start + piece))) for start in starts], axis=1
+        )
+
+
+@define(eq=False)
+class _Step:
+    """What the operators of one step share."""
+
+    token_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    selected: NDArray[np.int64]
+    parts: list[tuple[ReferenceSequence, int, int]]
+    """(sequence, first row, one past the last row) of each part."""
+
+
+Run = Callable[[_Step, list[Array]], tuple[Array, ...]]
+
+
+@define(eq=False)
+class ReferenceRuntime:
+    """A program on the CPU, in float32."""
+
+    model: BoundModel
+    settings: RuntimeSettings
+    emit: Emit
+    _plan: list[tuple[str, Run, list[int], list[int], list[int]]] = field(init=False, repr=False)
+    _buffers: int = field(init=False)
+    _logits: int = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        program = self.model.plan.program
+        weights = _bind_weights(self.model)
+        numbers: dict[op.Buffer, int] = {}
+        last_use: dict[int, int] = {}
+        steps = []
+        for place, bound in enumerate(self.model.operators):
+            inputs = [numbers[buffer] for buffer in bound.operator.inputs]
+            outputs = [numbers.setdefault(buffer, len(numbers)) for buffer in bound.operator.outputs]
+            for number in (*inputs, *outputs):
+                last_use[number] = place
+            run = _lower(bound.operator, [weights[index] for index in bound.weights])
+            steps.append((bound.operator.name, run, inputs, outputs))
+        self._logits = numbers[program.logits]
+        del last_use[self._logits]
+        dead: list[list[int]] = [[] for _ in steps]
+        for number, place in last_use.items():
+            dead[place].append(number)
+        self._plan = [(*step, gone) for step, gone in zip(steps, dead, strict=True)]
+        self._buffers = len(numbers)
+
+    def new_sequence(self) -> ReferenceSequence:
+        return ReferenceSequence(self.model.plan.program.kv, self.settings.context_length)
+
+    def step(self, parts: Sequence[StepPart]) -> Array:
+        started = time.perf_counter()
+        step = self._prepare(parts)
+        values: list[Array | None] = [None] * self._buffers
+        for name, run, inputs, outputs, dead in self._plan:
+            try:
+                results = run(step, [cast(Array, values[number]) for number in inputs])
+            except (FloatingPointError, ValueError, MemoryError) as error:
+                raise ExecutionError(f"{name}: {error}") from error
+            for number, value in zip(outputs, results, strict=True):
+                values[number] = value
+            for number in dead:
+                values[number] = None
+        for sequence, first, last in step.parts:
+            sequence.advance(last - first)
+        self.emit(StepDone(tokens=len(step.token_ids), seconds=time.perf_counter() - started))
+        return cast(Array, values[self._logits])
+
+    def _prepare(self, parts: Sequence[StepPart]) -> _Step:
+        """Check everything before any work, so that a refused step leaves all sequences as they were."""
+        program = self.model.plan.program
+        placed: list[tuple[ReferenceSequence, int, int]] = []
+        positions, selected = [], []
+        row = 0
+        for part in parts:
+            sequence = _own(part.sequence)
+            count = len(part.token_ids)
+            if any(sequence is other for other, _, _ in placed):
+                raise InputError("a sequence can stand in a step only once")
+            if sequence.length + count > self.settings.context_length:
+                raise InputError(
+                    f"{sequence.length} + {count} tokens do not fit the context of {self.settings.context_length}"
+                )
+            positions.append(np.arange(sequence.length, sequence.length + count))
+            first = {"all": row, "last": row + count - 1, "none": row + count}[part.logits]
+            selected.append(np.arange(first, row + count))
+            placed.append((sequence, row, row + count))
+            row += count
+        token_ids = np.concatenate([np.asarray(part.token_ids, np.int64) for part in parts])
+        wrong = token_ids[(token_ids < 0) | (token_ids >= program.vocab_size)]
+        if len(wrong):
+            raise InputError(f"token id {wrong[0]} is outside the vocabulary of {program.vocab_size}")
+        return _Step(token_ids, np.concatenate(positions), np.concatenate(selected), placed)
+
+    def close(self) -> None:
+        self.model.resident.close()
+
+
+def _own(sequence: TokenSequence) -> ReferenceSequence:
+    if not isinstance(sequence, ReferenceSequence):
+        raise InputError(f"a sequence of the reference executor is needed, not {type(sequence).__name__}")
+    return sequence
+
+
+def _bind_weights(model: BoundModel) -> list[_Weight]:
+    view = model.resident.arena.host_view()
+    assert view is not None, "the reference executor's arena is host memory"
+    weights = []
+    for planned in model.plan.weights:
+        expanded = None
+        if planned.layout.name == "f32":
+            data = view[planned.offset : planned.offset + planned.nbytes]
+            expanded = data.view(np.float32).reshape(planned.rows, planned.columns)
+        weights.append(_Weight(planned, expanded))
+    return weights
+
+
+def _lower(operator: op.Operator, weights: list[_Weight]) -> Run:  # noqa: C901, PLR0911, PLR0912 (one case an operator)
+    """The function that runs an operator, its constants and weights bound."""
+    match operator:
+        case op.Embed():
+            return lambda step, _: (weights[0].rows(step.token_ids),)
+        case op.EmbedPositions():
+            return lambda step, _: (weights[0].rows(step.positions),)
+        case op.Norm(type=kind, eps=eps, groups=groups):
+            scale = weights[0].vector()
+            bias = weights[1].vector() if len(weights) > 1 else None
+            return lambda _, x: (ops.normalize(x[0], kind, eps, groups, scale, bias),)
+        case op.Linear():
+            return lambda _, x: (weights[0].apply(x[0]),)
+        case op.AddBias():
+            offset = weights[0].vector()
+            return lambda _, x: (x[0] + offset,)
+        case op.Rope():
+            return _rope(operator, weights)
+        case op.KvWrite():
+            return _kv_write(operator)
+        case op.Attention():
+            return _attention(operator)
+        case op.Add():
+            return lambda _, x: (x[0] + x[1],)
+        case op.Act(activation=activation):
+            return lambda _, x: (ops.activate(x[0], activation),)
+        case op.GatedAct(activation=activation):
+            return lambda _, x: (ops.activate(x[0], activation) * x[1],)
+        case op.Scale(factor=factor):
+            return lambda _, x: (x[0] * np.float32(factor),)
+        case op.Softcap(cap=cap):
+            return lambda _, x: (ops.softcap(x[0], cap),)
+        case op.SelectRows():
+            return lambda step, x: (x[0][step.selected],)
+    raise ExecutionError(f"{operator.name}: the reference executor has no {operator.kind!r}")
+
+
+def _rope(rope: op.Rope, weights: list[_Weight]) -> Run:
+    frequencies, magnitude = rope_frequencies(rope, weights[0].vector() if weights else None)
+
+    def run(step: _Step, x: list[Array]) -> tuple[Array, ...]:
+        # angles in float64: a position of 100,000 leaves float32 only three digits after the point
+        angles = step.positions[:, None] * frequencies
+        cos, sin = (
+            (np.cos(angles) * magnitude).astype(np.float32),
+            (np.sin(angles) * magnitude).astype(np.float32),
+        )
+        return (ops.rotate(x[0], cos, sin, rope.head_dim, rope.style),)
+
+    return run
+
+
+def _kv_write(write: op.KvWrite) -> Run:
+    assert write.layer is not None
+    layer = write.layer
+
+    def run(step: _Step, x: list[Array]) -> tuple[Array, ...]:
+        for sequence, first, last in step.parts:
+            sequence.write(layer, x[0][first:last], x[1][first:last])
+        return ()
+
+    return run
+
+
+def _attention(attention: op.Attention) -> Run:
+    assert attention.layer is not None
+    layer = attention.layer
+
+    def run(step: _Step, x: list[Array]) -> tuple[Array, ...]:
+        outs = []
+        for sequence, first, last in step.parts:
+            keys, values = sequence.read(layer, last - first)
+            q = x[0][first:last].reshape(last - first, attention.num_heads, attention.head_dim)
+            outs.append(
+                ops.attend(
+                    q,
+                    keys,
+                    values,
+                    start=sequence.length,
+                    scale=attention.scale,
+                    cap=attention.softcap,
+                    window=attention.window,
+                )
+            )
+        return (outs[0] if len(outs) == 1 else np.concatenate(outs),)
+
+    return run
