@@ -136,9 +136,7 @@ def _from_debian(venv_python: Path) -> str:
         raise BootstrapError("there is no apt-get")
     with tempfile.TemporaryDirectory() as folder:
         refusal = _apt_get(folder, ["download", "python3-pip-whl"])
-        if (
-            refusal
-        ):  # images often come without package lists; fetch them aside and leave the system's as they are
+        if refusal:  # images often come without package lists; fetch them aside and leave the system's as they are
             Path(folder, "lists/partial").mkdir(parents=True)
             Path(folder, "cache/archives/partial").mkdir(parents=True)
             aside = ["-o", f"Dir::State::lists={folder}/lists", "-o", f"Dir::Cache={folder}/cache"]

@@ -19,9 +19,7 @@ __all__ = ["FUNCTIONS", "Expression", "ExpressionError"]
 
 Number = int | float
 
-_MAX_LENGTH = (
-    200  # a contract is data; nothing sensible is longer, and the bound keeps the parser's recursion small
-)
+_MAX_LENGTH = 200  # a contract is data; nothing sensible is longer, and the bound keeps the parser's recursion small
 _MAX_EXPONENT = 64  # `10 ** 10 ** 10` must not take memory or time
 
 FUNCTIONS: Mapping[str, Callable[..., Number]] = {
@@ -99,9 +97,7 @@ class Expression:
 
     def __attrs_post_init__(self) -> None:
         if len(self.text) > _MAX_LENGTH:
-            raise ExpressionError(
-                f"expression of {len(self.text)} characters, at most {_MAX_LENGTH} are read"
-            )
+            raise ExpressionError(f"expression of {len(self.text)} characters, at most {_MAX_LENGTH} are read")
         try:
             tree = ast.parse(self.text.strip(), mode="eval")
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -117,9 +113,7 @@ class Expression:
 
     def _check(self, node: ast.AST) -> None:
         if not isinstance(node, _ALLOWED):
-            raise ExpressionError(
-                f"{self.text!r}: {type(node).__name__} has no place in a contract's expression"
-            )
+            raise ExpressionError(f"{self.text!r}: {type(node).__name__} has no place in a contract's expression")
         if isinstance(node, ast.Constant) and type(node.value) not in (int, float):
             raise ExpressionError(f"{self.text!r}: {node.value!r} is not a number")
         if isinstance(node, ast.Call) and (

@@ -99,9 +99,7 @@ STANDARD_HYPERPARAMETERS: Mapping[str, Hyperparameter] = MappingProxyType(
         "num_layers": Hyperparameter(key="block_count", kind="int"),
         "hidden_size": Hyperparameter(key="embedding_length", kind="int"),
         "num_heads": Hyperparameter(key="attention.head_count", kind="int"),
-        "num_kv_heads": Hyperparameter(
-            key="attention.head_count_kv", kind="int", default=Expression("num_heads")
-        ),
+        "num_kv_heads": Hyperparameter(key="attention.head_count_kv", kind="int", default=Expression("num_heads")),
         "head_dim": Hyperparameter(
             key="attention.key_length", kind="int", default=Expression("hidden_size / num_heads")
         ),
@@ -321,11 +319,7 @@ def _role(key: str, entry: _RoleEntry, *, layer: bool) -> Role:
     return Role(
         name=entry.name or ("blk.{i}." if layer else "") + f"{base}.{suffix}",
         shape=entry.shape,
-        presence="forbidden"
-        if entry.forbidden
-        else "optional"
-        if entry.optional or entry.else_
-        else "required",
+        presence="forbidden" if entry.forbidden else "optional" if entry.optional or entry.else_ else "required",
         fallback=entry.else_,
         split=entry.split,
     )

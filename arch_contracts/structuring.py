@@ -48,9 +48,7 @@ def make_converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     for kind in (str, bool, int, float):
         converter.register_structure_hook(kind, _strict(kind))
-    converter.register_structure_hook_func(
-        lambda kind: getattr(kind, "__origin__", None) is Literal, _literal
-    )
+    converter.register_structure_hook_func(lambda kind: getattr(kind, "__origin__", None) is Literal, _literal)
 
     def structure_class(cls: type) -> Callable[[Any, type], Any]:
         renames = {a.name: override(rename=toml_key(a.name)) for a in fields(cls) if a.name.endswith("_")}
@@ -81,9 +79,7 @@ def mistakes(error: BaseException, where: str = "") -> list[str]:
             return lines
         case IterableValidationError():
             noted_items, rest = error.group_exceptions()
-            lines = [
-                line for inner, note in noted_items for line in mistakes(inner, _join(where, str(note.index)))
-            ]
+            lines = [line for inner, note in noted_items for line in mistakes(inner, _join(where, str(note.index)))]
             return lines + [line for inner in rest for line in mistakes(inner, where)]
         case ForbiddenExtraKeysError():
             return [

@@ -16,9 +16,7 @@ from mortice.core.model.types import ModelFile
 
 __all__ = ["Hyperparameters", "resolve_hyperparameters"]
 
-_MAX_COUNT = (
-    2**31 - 1
-)  # every count of a model fits 32 bits; larger ones are broken files, and would overflow later
+_MAX_COUNT = 2**31 - 1  # every count of a model fits 32 bits; larger ones are broken files, and would overflow later
 
 Value = Number | tuple[Number, ...]
 
@@ -42,9 +40,7 @@ class Hyperparameters:
 
     def at(self, layer: int) -> dict[str, Number]:
         """All values as layer `layer` sees them, ``layer`` included."""
-        numbers = {
-            name: value[layer] if isinstance(value, tuple) else value for name, value in self.values.items()
-        }
+        numbers = {name: value[layer] if isinstance(value, tuple) else value for name, value in self.values.items()}
         return {**numbers, "layer": layer}
 
     def uniform(self) -> dict[str, Number]:
@@ -105,9 +101,7 @@ class _Resolver:
         elif len(raw) != layers:
             self.report("length", key, f"{len(raw)} values", f"wanted one for each of {layers} layers")
             return
-        numbers = [
-            self._scalar(key, hyperparameter, item.item() if hasattr(item, "item") else item) for item in raw
-        ]
+        numbers = [self._scalar(key, hyperparameter, item.item() if hasattr(item, "item") else item) for item in raw]
         checked = tuple(number for number in numbers if number is not None)
         if len(checked) == len(numbers):
             self.values[name] = checked if hyperparameter.per_layer else checked[0]
@@ -187,9 +181,7 @@ def _vocab_size(resolver: _Resolver) -> None:
     stated = resolver.file.metadata.get(key)
     tokens = resolver.file.metadata.get("tokenizer.ggml.tokens")
     listed = len(tokens) if isinstance(tokens, Sequence) and not isinstance(tokens, str) else None
-    if stated is not None and (
-        isinstance(stated, bool) or not isinstance(stated, int) or not 0 < stated <= _MAX_COUNT
-    ):
+    if stated is not None and (isinstance(stated, bool) or not isinstance(stated, int) or not 0 < stated <= _MAX_COUNT):
         resolver.report("type", key, repr(stated), "wanted a positive int")
     elif stated is not None and listed is not None and stated != listed:
         resolver.report("vocab_size", key, str(stated), f"tokenizer.ggml.tokens has {listed} entries")
@@ -226,9 +218,7 @@ def _check_ranges(resolver: _Resolver) -> None:
     assert isinstance(layers, int)
     if layers > len(resolver.file.tensors):  # also what bounds every loop over layers from here on
         key = resolver.key(contract.hyperparameters["num_layers"])
-        resolver.report(
-            "range", key, str(layers), f"the file has {len(resolver.file.tensors)} tensors in all"
-        )
+        resolver.report("range", key, str(layers), f"the file has {len(resolver.file.tensors)} tensors in all")
         return
     at = Hyperparameters(resolver.values).at
     for layer in range(layers):

@@ -215,9 +215,7 @@ class _Builder:
         x = self.scaled(x, "token_embd.scaled", spec.scale)
         if spec.positions == "learned":
             positions = self.buffer("position_embd.out", x.width)
-            self.emit(
-                EmbedPositions(name="position_embd", out=positions, weight=self.required("position_embd"))
-            )
+            self.emit(EmbedPositions(name="position_embd", out=positions, weight=self.required("position_embd")))
             x = self.add(x, positions, "embedding")
         if self.weight("token_embd_norm") is not None:
             x = self.norm(x, "token_embd_norm")
@@ -246,9 +244,7 @@ class _Builder:
         """What a block adds to the residual stream: its output, normed and scaled where the family does so."""
         if self.model.contract.norm.placement in ("post", "both"):
             out = self.norm(out, post_norm)
-        return self.scaled(
-            out, f"{post_norm.removesuffix('_norm')}.scaled", self.model.contract.residual.scale
-        )
+        return self.scaled(out, f"{post_norm.removesuffix('_norm')}.scaled", self.model.contract.residual.scale)
 
     def attention(self, x: Buffer) -> Buffer:
         spec = self.model.contract.attention
@@ -333,9 +329,7 @@ class _Builder:
         else:
             up = self.linear(x, "ffn_up")
             act = self.buffer("ffn_act.out", up.width)
-            self.emit(
-                Act(layer=self.layer, name=self.name("ffn_act"), src=up, out=act, activation=spec.activation)
-            )
+            self.emit(Act(layer=self.layer, name=self.name("ffn_act"), src=up, out=act, activation=spec.activation))
         return self.linear(act, "ffn_down")
 
     def head(self, x: Buffer) -> Buffer:

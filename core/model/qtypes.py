@@ -56,9 +56,7 @@ class QType:
         """
         blocks, rest = divmod(columns, self.block_elements)
         if rest:
-            raise ValueError(
-                f"{self.name} rows are whole blocks of {self.block_elements}; {columns} is not a multiple"
-            )
+            raise ValueError(f"{self.name} rows are whole blocks of {self.block_elements}; {columns} is not a multiple")
         return blocks * self.block_bytes
 
     def nbytes(self, shape: tuple[int, ...]) -> int:

@@ -36,12 +36,7 @@ def resolve_rope_scaling(contract: Contract, file: ModelFile) -> tuple[RopeScali
     def number(name: str, default: float | None) -> float:
         key = f"{prefix}scaling.{name}"
         value = file.metadata.get(key, default)
-        good = (
-            isinstance(value, (int, float))
-            and not isinstance(value, bool)
-            and math.isfinite(value)
-            and value > 0
-        )
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
         if not good:
             refuse(key, value, "wanted a positive number")
             return 1.0

@@ -44,9 +44,7 @@ class TensorView:
     path: Path
 
     def __attrs_post_init__(self) -> None:
-        assert self.data.nbytes == self.qtype.nbytes(self.shape), (
-            f"{self.name}: shape, type and bytes disagree"
-        )
+        assert self.data.nbytes == self.qtype.nbytes(self.shape), f"{self.name}: shape, type and bytes disagree"
 
     @property
     def nbytes(self) -> int:

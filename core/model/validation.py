@@ -151,9 +151,7 @@ class _Check:
             return
         self.claimed.add(name)
         if role.presence == "forbidden":
-            self.report(
-                "role.forbidden", name, "present", f"{self.contract.name} has no {key}", offset=tensor.offset
-            )
+            self.report("role.forbidden", name, "present", f"{self.contract.name} has no {key}", offset=tensor.offset)
             return
         shape = self._shape(name, role.shape, values)
         if shape is None:
@@ -196,17 +194,13 @@ class _Check:
             if not any(other.name.replace("{i}", str(layer)) in self.claimed for other in fused):
                 self.report("role.missing", name, "missing", f"{self.contract.name} requires {key}")
 
-    def _shape(
-        self, subject: str, extents: Sequence[Expression], values: dict[str, Number]
-    ) -> tuple[int, ...] | None:
+    def _shape(self, subject: str, extents: Sequence[Expression], values: dict[str, Number]) -> tuple[int, ...] | None:
         shape = []
         for extent in extents:
             try:
                 value = extent.evaluate(values)
             except ExpressionError as error:
-                self.report(
-                    "contract.expression", subject, f"no shape: {error}", "the contract must give one"
-                )
+                self.report("contract.expression", subject, f"no shape: {error}", "the contract must give one")
                 return None
             if value != int(value) or value < 1:
                 found = f"{extent.text} is {value}"
@@ -217,9 +211,7 @@ class _Check:
 
     def unclaimed(self) -> None:
         layers = self.hyperparameters.integer("num_layers")
-        ignored = {
-            name.replace("{i}", str(layer)) for name in self.contract.ignored for layer in range(layers)
-        }
+        ignored = {name.replace("{i}", str(layer)) for name in self.contract.ignored for layer in range(layers)}
         for name, tensor in self.file.tensors.items():
             if name in ignored:
                 self.report("tensor.ignored", name, "present", "known to play no part", "note", tensor.offset)
@@ -290,30 +282,22 @@ class _Check:
         tokens = metadata.get("tokenizer.ggml.tokens")
         if tokens is None:
             subject = "tokenizer.ggml.tokens"
-            self.report(
-                "tokenizer.missing", subject, "missing", "only token ids can be used, no text", "warning"
-            )
+            self.report("tokenizer.missing", subject, "missing", "only token ids can be used, no text", "warning")
             return
         count = len(tokens) if isinstance(tokens, Sequence) and not isinstance(tokens, str) else None
         if count is None:
-            self.report(
-                "tokenizer.type", "tokenizer.ggml.tokens", type(tokens).__name__, "wanted an array of strings"
-            )
+            self.report("tokenizer.type", "tokenizer.ggml.tokens", type(tokens).__name__, "wanted an array of strings")
             return
         for name in ("token_type", "scores"):
             key = f"tokenizer.ggml.{name}"
             values = metadata.get(key)
             if values is not None and (not hasattr(values, "__len__") or len(values) != count):
                 found = f"{len(values)} entries" if hasattr(values, "__len__") else type(values).__name__
-                self.report(
-                    "tokenizer.length", key, found, f"wanted {count}, one a token", offset=offsets.get(key)
-                )
+                self.report("tokenizer.length", key, found, f"wanted {count}, one a token", offset=offsets.get(key))
         for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
             key = f"tokenizer.ggml.{name}_token_id"
             value = metadata.get(key)
-            if value is not None and (
-                not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count
-            ):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count):
                 self.report(
                     "tokenizer.id",
                     key,

@@ -172,12 +172,8 @@ def plan_weights(
             if all(layout.name in {other.name for other in others} for others in candidates[1:])
         ]
         if not shared:
-            lacking = [
-                kind for kind, layouts in zip(operators, candidates, strict=True) if not layouts
-            ] or operators
-            reasons.append(
-                f"{weight.tensor}: no kernel for {' and '.join(lacking)} with {tensor.qtype.name} weights"
-            )
+            lacking = [kind for kind, layouts in zip(operators, candidates, strict=True) if not layouts] or operators
+            reasons.append(f"{weight.tensor}: no kernel for {' and '.join(lacking)} with {tensor.qtype.name} weights")
             continue
         planned = _place(weight, tensor, shared, prefer, offset)
         weights.append(planned)
@@ -187,9 +183,7 @@ def plan_weights(
     return WeightPlan(model=model, program=program, weights=tuple(weights), arena_bytes=offset)
 
 
-def _place(
-    weight: WeightRef, tensor: TensorView, layouts: Sequence[Layout], prefer: str, offset: int
-) -> PlannedWeight:
+def _place(weight: WeightRef, tensor: TensorView, layouts: Sequence[Layout], prefer: str, offset: int) -> PlannedWeight:
     placed = [PlannedWeight.of(weight, tensor, layout, offset) for layout in layouts]
     if prefer == "compact":
         return min(placed, key=lambda planned: planned.nbytes)

@@ -14,8 +14,8 @@ _Decoder = codecs.getincrementaldecoder("utf-8")
 class IncrementalDetokenizer:
     """Turns token ids into text one at a time.
 
-    What `push` and `finish` return, joined, is what `Tokenizer.decode` returns for all the ids. Bytes that can no
-    longer become a character are given out at once, as U+FFFD.
+    What `push` and `finish` return, joined, is what `Tokenizer.decode` returns for all the ids. Bytes that can
+    no longer become a character are given out at once, as U+FFFD.
 
     Args:
         tokenizer: whose ids they are.
@@ -38,7 +38,7 @@ class IncrementalDetokenizer:
         return self._decoder.decode(self._tokenizer.token_bytes(token_id, skip_special=self._skip_special))
 
     def finish(self) -> str:
-        """What is left: U+FFFD for an unfinished character, else nothing. The next `push` begins a new text."""
+        """What is left: U+FFFD for an unfinished character, else nothing. The next `push` starts afresh."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
@@ -13,6 +13,7 @@ from mortice.core.text.vocabulary import PREFIX, TokenType, Vocabulary
 
 if TYPE_CHECKING:
     import tokenizers
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 __all__ = ["BYTE_OF_CHAR", "SPACE", "Encoder", "build_encoder"]
 
@@ -90,13 +91,13 @@ def _bpe(vocabulary: Vocabulary) -> Encoder:
     # A byte that has no token still keeps its neighbours from merging; it is dropped afterwards.
     missing = [char for char in BYTE_OF_CHAR if char not in ids] if pre.byte_level else []
     ids.update((char, size + i) for i, char in enumerate(missing))
-    merges = [_split_merge(merge) for merge in vocabulary.merges]
+    options = {} if pre.byte_level else _fallback(vocabulary, ids)
     try:
-        model = models.BPE(ids, merges, ignore_merges=pre.ignore_merges, byte_fallback=not pre.byte_level)
+        model = models.BPE(ids, _pairs(vocabulary.merges), ignore_merges=pre.ignore_merges, **options)
     except Exception as error:
-        raise TokenizerError(_merge_fault(merges, ids) or f"{PREFIX}merges: {error}") from error
+        raise TokenizerError(_merge_fault(vocabulary.merges, ids) or f"{PREFIX}merges: {error}") from error
     compiled = Tokenizer(model)
-    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
+    steps: list[PreTokenizer] = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
     if pre.byte_level:
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     compiled.pre_tokenizer = pre_tokenizers.Sequence(steps)
@@ -108,17 +109,21 @@ def _bpe(vocabulary: Vocabulary) -> Encoder:
     )
 
 
-def _split_merge(merge: str) -> tuple[str, str]:
-    # The separator is the first space after the first character: a token may itself begin with one.
-    left, _, right = merge.partition(" ") if merge[:1] != " " else (" ", *merge[1:].partition(" ")[1:])
-    return left, right
+def _pairs(merges: Iterable[str]) -> list[tuple[str, str]]:
+    # Parted by the first space after the first character: a token may itself begin with a space.
+    return [(merge[:at], merge[at + 1 :]) for merge in dict.fromkeys(merges) for at in (merge.find(" ", 1),)]
 
 
-def _merge_fault(merges: list[tuple[str, str]], ids: Mapping[str, int]) -> str | None:
-    for i, (left, right) in enumerate(merges):
+def _merge_fault(merges: Iterable[str], ids: Mapping[str, int]) -> str | None:
+    for i, merge in enumerate(merges):
+        rest, space, right = merge[1:].partition(" ")
+        left = merge[:1] + rest
+        if not space or not right:
+            return f"{PREFIX}merges: entry {i} is {merge!r}, wanted two tokens with a space between"
         for text in (left, right, left + right):
             if text not in ids:
-                return f"{PREFIX}merges: entry {i} ({left!r} + {right!r}) needs {text!r}, which plain text has no token for"
+                pair = f"{left!r} + {right!r}"
+                return f"{PREFIX}merges: entry {i} ({pair}) needs {text!r}, which is no token of plain text"
     return None
 
 
@@ -127,18 +132,14 @@ def _show_spaces(text: str) -> str:
 
 
 def _spm(vocabulary: Vocabulary) -> Encoder:
-    """SentencePiece BPE: of all neighbours whose concatenation is a token, join those with the best score first.
+    """SentencePiece BPE: of all neighbours that together are a token, join those with the best score first.
 
     Every way to cut a token in two becomes a merge, ranked by the token's score; that makes it ordinary BPE.
     """
     from tokenizers import Tokenizer, models
 
     size = len(vocabulary.tokens)
-    ids = {
-        text: token
-        for text, token in _matchable(vocabulary).items()
-        if vocabulary.types[token] != TokenType.BYTE
-    }
+    ids = {text: token for text, token in _matchable(vocabulary).items() if vocabulary.types[token] != TokenType.BYTE}
     # Characters that only occur inside longer tokens take part in merges; left over, they become bytes.
     alphabet = {char for text in ids for char in text}
     loose = sorted(alphabet - ids.keys())
@@ -149,12 +150,7 @@ def _spm(vocabulary: Vocabulary) -> Encoder:
         tuple(bytes_[byte] for byte in char.encode()) if len(bytes_) == 256 else unknown for char in loose
     )
     merges = _merges_by_score(vocabulary, ids)
-    for byte, token in bytes_.items():
-        ids[f"<0x{byte:02X}>"] = token
-    unk_token = None if vocabulary.unk_id is None else vocabulary.tokens[vocabulary.unk_id]
-    if unk_token is not None:
-        ids[unk_token] = unknown[0]
-    model = models.BPE(ids, merges, byte_fallback=len(bytes_) == 256, unk_token=unk_token, fuse_unk=True)
+    model = models.BPE(ids, merges, **_fallback(vocabulary, ids))
     prefix = SPACE if vocabulary.add_space_prefix else ""
     return Encoder(
         compiled=Tokenizer(model),
@@ -162,6 +158,17 @@ def _spm(vocabulary: Vocabulary) -> Encoder:
         expansions=expansions,
         vocab_size=size,
     )
+
+
+def _fallback(vocabulary: Vocabulary, ids: dict[str, int]) -> dict[str, Any]:
+    """What a character without a token becomes: its bytes or else the unknown token. Both are added to `ids`."""
+    bytes_ = _byte_tokens(vocabulary)
+    ids.update((f"<0x{byte:02X}>", token) for byte, token in bytes_.items())
+    options: dict[str, Any] = {"byte_fallback": len(bytes_) == 256, "fuse_unk": True}
+    if vocabulary.unk_id is not None:
+        options["unk_token"] = vocabulary.tokens[vocabulary.unk_id]
+        ids[options["unk_token"]] = vocabulary.unk_id
+    return options
 
 
 def _byte_tokens(vocabulary: Vocabulary) -> dict[int, int]:
@@ -175,9 +182,7 @@ def _byte_tokens(vocabulary: Vocabulary) -> dict[int, int]:
 def _merges_by_score(vocabulary: Vocabulary, ids: Mapping[str, int]) -> list[tuple[str, str]]:
     scores = vocabulary.scores.tolist()
     size = len(scores)
-    ranked = sorted(
-        (-scores[token], token, text) for text, token in ids.items() if token < size and len(text) > 1
-    )
+    ranked = sorted((-scores[token], token, text) for text, token in ids.items() if token < size and len(text) > 1)
     return [
         (text[:cut], text[cut:])
         for _, _, text in ranked
@@ -191,16 +196,12 @@ def _unigram(vocabulary: Vocabulary) -> Encoder:
     from tokenizers import Tokenizer, models, normalizers
 
     if vocabulary.unk_id is None:
-        raise TokenizerError(
-            f"{PREFIX}unknown_token_id: missing, wanted the token for text that has no other"
-        )
+        raise TokenizerError(f"{PREFIX}unknown_token_id: missing, wanted the token for text that has no other")
     kinds = {TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED}
-    # A token that text must not spell keeps its place in the list, under the empty text, which matches nothing.
+    # A token that text must not spell keeps its place in the list, as the empty text, which matches nothing.
     entries = [
         (text if kind in kinds else "", 0.0 if kind != TokenType.NORMAL else score)
-        for text, kind, score in zip(
-            vocabulary.tokens, vocabulary.types, vocabulary.scores.tolist(), strict=True
-        )
+        for text, kind, score in zip(vocabulary.tokens, vocabulary.types, vocabulary.scores.tolist(), strict=True)
     ]
     compiled = Tokenizer(models.Unigram(entries, vocabulary.unk_id, False))
     normalise: Callable[[str], str] = str

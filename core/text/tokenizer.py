@@ -1,7 +1,8 @@
 """Text to token ids and back, for the vocabulary that a model file carries.
 
-Agrees token for token with llama.cpp on the vocabularies it was compared with, and differs on purpose in one thing:
-text can never spell a control token when `parse_special` is off, not even where merges or scores would allow it.
+Agrees token for token with llama.cpp on the vocabularies it was compared with, and differs on purpose in one
+thing: text can never spell a control token when `parse_special` is off, not even where merges or scores would
+allow it.
 """
 
 from __future__ import annotations
@@ -108,13 +109,13 @@ class Tokenizer:
         Args:
             text: what to encode.
             add_special: put BOS before and EOS after, where the file asks for it.
-            parse_special: read the text of a control token as that token. Off, it is plain text; tokens that the
-                file calls user-defined are found either way.
-            literals: characters of `text` (by code point) that stand for longer text in which no control token is
-                seen, whatever `parse_special` says.
+            parse_special: read the text of a control token as that token. Off, it is plain text; tokens that
+                the file calls user-defined are found either way.
+            literals: characters of `text` (by code point) that stand for longer text in which no control token
+                is seen, whatever `parse_special` says.
 
         Raises:
-            TokenizerError: `text` has a surrogate that is half of no pair and so is not Unicode text.
+            TokenizerError: `text` has a lone surrogate and so is not Unicode text.
 
         Bytes for which a byte-level vocabulary has no token are dropped, as they were in the model's training.
 
@@ -147,12 +148,10 @@ class Tokenizer:
             TokenizerError: an id is not in the vocabulary.
 
         """
-        return b"".join(self.token_bytes(id_, skip_special=skip_special) for id_ in ids).decode(
-            errors="replace"
-        )
+        return b"".join(self.token_bytes(id_, skip_special=skip_special) for id_ in ids).decode(errors="replace")
 
     def token_bytes(self, token_id: int, *, skip_special: bool = False) -> bytes:
-        """The exact bytes a token stands for; they may be part of a character. Unused tokens stand for nothing.
+        """The exact bytes a token stands for, maybe part of a character. Unused tokens stand for nothing.
 
         Raises:
             TokenizerError: the id is not in the vocabulary.
@@ -184,9 +183,7 @@ class Tokenizer:
 
         """
         if not 0 <= token_id < self.vocab_size:
-            raise TokenizerError(
-                f"token id {token_id} is not in the vocabulary, wanted 0 to {self.vocab_size - 1}"
-            )
+            raise TokenizerError(f"token id {token_id} is not in the vocabulary, wanted 0 to {self.vocab_size - 1}")
         return self.vocabulary.tokens[token_id]
 
     def control_texts(self) -> frozenset[str]:
@@ -248,7 +245,5 @@ def _strips_right(vocabulary: Vocabulary, metadata: Mapping[str, MetadataValue])
     kept = {"<unk>", "<s>", "<|endoftext|>"}
     special = {TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN}
     return frozenset(
-        token
-        for token, kind in enumerate(vocabulary.types)
-        if kind in special and vocabulary.tokens[token] not in kept
+        token for token, kind in enumerate(vocabulary.types) if kind in special and vocabulary.tokens[token] not in kept
     )

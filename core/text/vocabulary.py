@@ -46,6 +46,7 @@ _END_OF_TEXT = frozenset(_END_OF_TURN) | {
     "</s>",
     "[EOS]",
     "<eos>",
+    "<|tool_response>",
     "[e~[",
 }
 _MODELS = {"gpt2": "bpe", "gemma4": "bpe", "llama": "spm", "t5": "unigram"}
@@ -147,9 +148,7 @@ class Vocabulary:
             pad_id=reader.token_id("padding_token_id", len(tokens)),
             unk_id=unk_id,
             stop_ids=stop_ids,
-            add_bos=_flag(
-                reader, "add_bos_token", kind == "spm" or (pre is not None and pre.add_bos), bos_id
-            ),
+            add_bos=_flag(reader, "add_bos_token", kind == "spm" or (pre is not None and pre.add_bos), bos_id),
             add_eos=_flag(reader, "add_eos_token", kind == "unigram", eos_id),
             add_space_prefix=reader.boolean("add_space_prefix", default=kind == "spm"),
             remove_extra_whitespaces=reader.boolean("remove_extra_whitespaces", default=False),
@@ -243,9 +242,7 @@ def _index(tokens: Sequence[str]) -> dict[str, int]:
         first: dict[str, int] = {}
         for token, text in enumerate(tokens):
             if text and first.setdefault(text, token) != token:
-                raise TokenizerError(
-                    f"{PREFIX}tokens: {text!r} is both token {first[text]} and token {token}"
-                )
+                raise TokenizerError(f"{PREFIX}tokens: {text!r} is both token {first[text]} and token {token}")
     return ids
 
 
@@ -256,25 +253,16 @@ def _token_types(reader: _Reader, tokens: Sequence[str]) -> list[int]:
     wrong = np.flatnonzero((types < 0) | (types > max(TokenType)))
     if wrong.size:
         found = types[wrong[0]]
-        raise TokenizerError(
-            f"{PREFIX}token_type: {found} for token {wrong[0]}, wanted 0 to {max(TokenType):d}"
-        )
+        raise TokenizerError(f"{PREFIX}token_type: {found} for token {wrong[0]}, wanted 0 to {max(TokenType):d}")
     for token in np.flatnonzero(types == TokenType.BYTE).tolist():
         if not _is_byte(tokens[token]):
-            raise TokenizerError(
-                f"{PREFIX}tokens: byte token {token} is {tokens[token]!r}, wanted <0x00> to <0xFF>"
-            )
+            raise TokenizerError(f"{PREFIX}tokens: byte token {token} is {tokens[token]!r}, wanted <0x00> to <0xFF>")
     result: list[int] = types.tolist()
     return result
 
 
 def _is_byte(text: str) -> bool:
-    return (
-        len(text) == 6
-        and text[:3] == "<0x"
-        and text[5] == ">"
-        and set(text[3:5]) <= set("0123456789ABCDEFabcdef")
-    )
+    return len(text) == 6 and text[:3] == "<0x" and text[5] == ">" and set(text[3:5]) <= set("0123456789ABCDEFabcdef")
 
 
 def _scores(reader: _Reader, kind: str, vocab_size: int) -> NDArray[np.float32]:
@@ -313,6 +301,8 @@ def _stop_ids(given: Iterable[int | None], ids: Mapping[str, int], types: Sequen
     if texts & {"<|return|>", "<|flush|>"} and texts & {"<|call|>", "<|calls|>"}:
         texts.discard("<|end|>")
         given = [token for token in given if token != ids.get("<|end|>")]
+    if "<|tool_response>" in texts:  # gemma 4, where </s> is a tag of HTML like any other
+        texts.discard("</s>")
     return frozenset(ids[text] for text in texts) | {token for token in given if token is not None}
 
 

@@ -76,9 +76,7 @@ def test_open_a_vocabulary_of_150_000_tokens(benchmark: BenchmarkFixture, vocabu
     assert len(tokens) == len(merges) == VOCAB
     assert tokens[VOCAB - 1] == f"Ġtoken{VOCAB - 1:x}" if (VOCAB - 1) % 3 == 0 else f"token{VOCAB - 1:x}"
     assert merges[3] == "Ġtok en3"
-    np.testing.assert_array_equal(
-        model.metadata["tokenizer.ggml.scores"], -np.arange(VOCAB, dtype=np.float32)
-    )
+    np.testing.assert_array_equal(model.metadata["tokenizer.ggml.scores"], -np.arange(VOCAB, dtype=np.float32))
 
 
 def test_open_a_model_of_5_gigabytes_without_reading_its_tensors(

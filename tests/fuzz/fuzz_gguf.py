@@ -2,7 +2,7 @@
 
 ::
 
-    pip install atheris          # a wheel exists for CPython 3.11 to 3.13 on Linux
+    pip install atheris
     PYTHONPATH=. python tests/fuzz/fuzz_gguf.py --seeds corpus/      # writes small valid files, once
     PYTHONPATH=. python tests/fuzz/fuzz_gguf.py corpus/ -max_len=4096 -timeout=2 -rss_limit_mb=1024
 
@@ -13,9 +13,11 @@ its metadata decoded and every tensor's first and last byte read.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from mortice.core.errors import ModelFileError
 from mortice.core.model.types import LoadOptions
@@ -70,10 +72,10 @@ def main(arguments: list[str]) -> None:
             (folder / f"{name}.gguf").write_bytes(data)
         return
 
-    import atheris
+    atheris: Any = importlib.import_module("atheris")
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model-00001-of-00001.gguf"
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "model-00001-of-00001.gguf"
 
         def target(data: bytes) -> None:
             path.write_bytes(data)

@@ -82,9 +82,7 @@ def test_pip_comes_from_the_index_that_is_named(
     monkeypatch.setenv("PIP_INDEX_URL", index[0])
     monkeypatch.delenv("PIP_CERT", raising=False)
     assert bootstrap_pip._from_index(bare_python) == f"{index[0]}/{pip_wheel.name}"
-    version = subprocess.run(
-        [bare_python, "-m", "pip", "--version"], capture_output=True, text=True, check=True
-    )
+    version = subprocess.run([bare_python, "-m", "pip", "--version"], capture_output=True, text=True, check=True)
     assert version.stdout.startswith(f"pip {pip_wheel.name.split('-')[1]} ")
 
 
@@ -120,9 +118,7 @@ def test_the_newest_pip_that_runs_on_this_python_is_taken() -> None:
         bootstrap_pip.newest_pip(link("pip-24.11.tar.gz"), address, (3, 11))
 
 
-def test_without_any_source_of_pip_the_message_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_any_source_of_pip_the_message_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bootstrap_pip.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("PIP_INDEX_URL", raising=False)

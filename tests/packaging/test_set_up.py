@@ -1,4 +1,4 @@
-"""`make run` and `.ci/setup` on a stand-in project, with real virtual environments and a real, offline pip."""
+"""`make run` and `.ci/setup` on a stand-in project, with real virtual environments and a real pip."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def _wheel(folder):
     name, info = "mortice-0-py3-none-any.whl", "mortice-0.dist-info/"
     with zipfile.ZipFile(os.path.join(folder, name), "w") as z:
         z.writestr("fake_mortice.py", "import json, sys\\ndef main(): print(json.dumps(sys.argv[1:]))\\n")
-        z.writestr(info + "METADATA", "Metadata-Version: 2.1\\nName: mortice\\nVersion: 0\\nProvides-Extra: test")
+        about = "Metadata-Version: 2.1\\nName: mortice\\nVersion: 0\\nProvides-Extra: test\\n"
+        z.writestr(info + "METADATA", about)
         z.writestr(info + "WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
         z.writestr(info + "entry_points.txt", "[console_scripts]\\nmortice = fake_mortice:main\\n")
         z.writestr(info + "RECORD", "")
@@ -96,9 +97,7 @@ def test_make_run_hands_a_prompt_over_as_it_was_written(project: Path, way: str)
 
 def test_a_set_up_that_was_interrupted_is_begun_afresh(project: Path) -> None:
     given = clean_environment(settings(project, BUILD_SECONDS="60"))
-    set_up = subprocess.Popen(
-        [".ci/setup"], cwd=project, env=given, stderr=subprocess.PIPE, start_new_session=True
-    )
+    set_up = subprocess.Popen([".ci/setup"], cwd=project, env=given, stderr=subprocess.PIPE, start_new_session=True)
     assert set_up.stderr is not None
     while b"installing mortice" not in set_up.stderr.readline():
         assert set_up.poll() is None
@@ -116,8 +115,7 @@ def test_a_set_up_that_was_interrupted_is_begun_afresh(project: Path) -> None:
 def test_set_ups_started_together_install_once(project: Path) -> None:
     given = clean_environment(settings(project))
     both = [
-        subprocess.Popen([".ci/setup"], cwd=project, env=given, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
+        subprocess.Popen([".ci/setup"], cwd=project, env=given, stderr=subprocess.PIPE, text=True) for _ in range(2)
     ]
     outputs = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
@@ -171,9 +169,7 @@ def test_a_failure_of_pip_is_told_and_the_exit_code_is_two(project: Path) -> Non
         ({"CUDA": "11"}, "CUDA=11: must be auto, none, 12 or 13"),
     ],
 )
-def test_a_setting_that_makes_no_sense_is_refused(
-    project: Path, change: dict[str, str], message: str
-) -> None:
+def test_a_setting_that_makes_no_sense_is_refused(project: Path, change: dict[str, str], message: str) -> None:
     refused = attempt([".ci/setup"], project, **settings(project, **change))
     assert refused.returncode == 2
     assert message in refused.stdout

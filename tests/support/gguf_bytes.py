@@ -70,10 +70,10 @@ class GgufBytes:
         self._keys.append(data)
         return self
 
-    def number(self, name: str, type_id: int, value: float) -> Self:
+    def number(self, name: str | bytes, type_id: int, value: float) -> Self:
         return self.raw_key(name, type_id, self.pack(CODES[type_id], value))
 
-    def u32(self, name: str, value: int) -> Self:
+    def u32(self, name: str | bytes, value: int) -> Self:
         return self.number(name, UINT32, value)
 
     def text(self, name: str, value: str | bytes) -> Self:
@@ -99,9 +99,7 @@ class GgufBytes:
             self._data += bytes(-len(self._data) % self.alignment)
             offset = len(self._data)
         dims = [extent % 2**64 for extent in extents]
-        self._infos.append(
-            self.string(name) + self.pack(f"I{len(dims)}QIQ", len(dims), *dims, type_id, offset)
-        )
+        self._infos.append(self.string(name) + self.pack(f"I{len(dims)}QIQ", len(dims), *dims, type_id, offset))
         self._data += data
         return self
 
@@ -123,9 +121,7 @@ class GgufBytes:
         start = self.magic + self.pack("IQQ", self.version, *counts)
         return start + b"".join(self._keys) + b"".join(self._infos)
 
-    def build(
-        self, num_tensors: int | None = None, num_keys: int | None = None, *, pad: bool = True
-    ) -> bytes:
+    def build(self, num_tensors: int | None = None, num_keys: int | None = None, *, pad: bool = True) -> bytes:
         """The file; `pad` says whether the last tensor is padded."""
         header = self.header(num_tensors, num_keys)
         if not self._infos:

@@ -28,9 +28,7 @@ class Floor(NamedTuple):
 
 
 FLOORS = (  # from the ground up
-    Floor(
-        "markers", ("core/__init__.py", "core/*/__init__.py"), "importing a leaf must drag nothing else in"
-    ),
+    Floor("markers", ("core/__init__.py", "core/*/__init__.py"), "importing a leaf must drag nothing else in"),
     Floor("contracts", ("arch_contracts/*",), "data about model families; readable and checkable on its own"),
     Floor("basics", ("core/errors.py", "core/model/qtypes.py"), "every floor raises errors and names types"),
     Floor(
@@ -59,9 +57,7 @@ FLOORS = (  # from the ground up
         ("plugins/*",),
         "built-ins stand where third parties stand: above the hooks, below the rest",
     ),
-    Floor(
-        "manager", ("core/plugin/manager.py",), "finds and loads plugins; no plugin may know that it exists"
-    ),
+    Floor("manager", ("core/plugin/manager.py",), "finds and loads plugins; no plugin may know that it exists"),
     Floor("registry", ("core/plugin/registry.py",), "asks the loaded plugins, with types"),
     Floor("pipeline", ("core/pipeline.py",), "the only place that sees the whole flow"),
     Floor("testing", ("core/testing/*",), "the kit for plugin authors runs whole pipelines"),
@@ -159,9 +155,7 @@ def loaded_after(statement: str) -> set[str]:
 
 def test_every_file_has_a_floor() -> None:
     lost = [file for file in source_files() if floor_of(file) is None]
-    assert not lost, (
-        f"give each of these a floor in {Path(__file__).name}, the lowest that holds its imports: {lost}"
-    )
+    assert not lost, f"give each of these a floor in {Path(__file__).name}, the lowest that holds its imports: {lost}"
 
 
 def test_a_file_imports_only_from_its_floor_and_below() -> None:
@@ -185,9 +179,7 @@ def test_no_files_import_each_other_in_a_circle() -> None:
 
 def test_only_the_manager_names_built_in_plugins() -> None:
     core = [file for file in source_files() if file.startswith("core/") and file not in MAY_NAME_BUILT_INS]
-    wrong = [
-        f"{file} imports {t}" for file in core for t in sorted(imports_of(file)) if t.startswith("plugins/")
-    ]
+    wrong = [f"{file} imports {t}" for file in core for t in sorted(imports_of(file)) if t.startswith("plugins/")]
     assert not wrong, "the core reaches plugins through hooks only:\n" + "\n".join(wrong)
 
 
@@ -195,9 +187,7 @@ def test_no_plugin_imports_another_plugin() -> None:
     wrong = []
     for file in source_files():
         if file.startswith("plugins/"):
-            others = {
-                t for t in imports_of(file) if t.startswith("plugins/") and plugin_of(t) != plugin_of(file)
-            }
+            others = {t for t in imports_of(file) if t.startswith("plugins/") and plugin_of(t) != plugin_of(file)}
             wrong += [f"{file} imports {target}" for target in sorted(others)]
     assert not wrong, "a plugin reaches another through hooks only:\n" + "\n".join(wrong)
 
@@ -208,9 +198,7 @@ def test_no_file_imports_a_gpu_package_when_it_is_loaded() -> None:
 
 
 def test_loading_every_plugin_module_loads_no_gpu_package() -> None:
-    modules = [
-        ".".join(module_of(file)).removesuffix(".__init__") for file in source_files() if "plugins/" in file
-    ]
+    modules = [".".join(module_of(file)).removesuffix(".__init__") for file in source_files() if "plugins/" in file]
     assert len(modules) > 1
     loaded = loaded_after("\n".join(f"import {name}" for name in modules)) & GPU_PACKAGES
     assert not loaded, "import these inside the function that opens the device"

@@ -80,9 +80,7 @@ class ReferenceExecutor:
             if operator.kind not in OPERATOR_KINDS
         ]
         if settings.kv_type not in _KV_TYPES:
-            reasons.append(
-                f"executor.kv = {settings.kv_type!r}: the reference executor keeps {' or '.join(_KV_TYPES)}"
-            )
+            reasons.append(f"executor.kv = {settings.kv_type!r}: the reference executor keeps {' or '.join(_KV_TYPES)}")
         return reasons
 
     def kv_bytes(self, program: Program, settings: RuntimeSettings) -> int:
@@ -93,10 +91,7 @@ class ReferenceExecutor:
         # and the few buffers alive together, of which gate, up and their product are the widest.
         widest = max(buffer.width for operator in program.operators for buffer in operator.outputs)
         body = max(
-            buffer.width
-            for operator in program.operators
-            for buffer in operator.outputs
-            if operator.layer is not None
+            buffer.width for operator in program.operators for buffer in operator.outputs if operator.layer is not None
         )
         return 4 * (widest + settings.step_tokens * 6 * body) + 3 * (16 << 20)
 

@@ -48,9 +48,7 @@ def rotate(x: Array, cos: Array, sin: Array, head_dim: int, style: str) -> Array
     out = x.reshape(len(x), -1, head_dim).copy()
     turned = out[..., : 2 * pairs]
     first, second = (
-        (turned[..., 0::2], turned[..., 1::2])
-        if style == "adjacent"
-        else (turned[..., :pairs], turned[..., pairs:])
+        (turned[..., 0::2], turned[..., 1::2]) if style == "adjacent" else (turned[..., :pairs], turned[..., pairs:])
     )
     cos, sin = cos[:, None], sin[:, None]
     rotated_first, rotated_second = first * cos - second * sin, first * sin + second * cos
@@ -58,9 +56,7 @@ def rotate(x: Array, cos: Array, sin: Array, head_dim: int, style: str) -> Array
     return out.reshape(x.shape)
 
 
-def attend(
-    q: Array, keys: Array, values: Array, *, start: int, scale: float, cap: float, window: int
-) -> Array:
+def attend(q: Array, keys: Array, values: Array, *, start: int, scale: float, cap: float, window: int) -> Array:
     """Causal attention of one sequence's new tokens over its cache.
 
     Args:
@@ -86,9 +82,7 @@ def attend(
         rows = end - begin
         # query heads of a group share K: (kv head, group x token, head_dim)
         grouped = q[begin:end].reshape(rows, num_kv_heads, group, head_dim).transpose(1, 2, 0, 3)
-        scores = (
-            grouped.reshape(num_kv_heads, group * rows, head_dim) @ keys.transpose(0, 2, 1)
-        ) * np.float32(scale)
+        scores = (grouped.reshape(num_kv_heads, group * rows, head_dim) @ keys.transpose(0, 2, 1)) * np.float32(scale)
         if cap:
             scores = softcap(scores, cap)
         scores = scores.reshape(num_kv_heads, group, rows, length)
@@ -104,9 +98,7 @@ def attend(
         scores /= scores.sum(axis=-1, keepdims=True)
         mixed = scores.reshape(num_kv_heads, group * rows, length) @ values
         out[begin:end] = (
-            mixed.reshape(num_kv_heads, group, rows, head_dim)
-            .transpose(2, 0, 1, 3)
-            .reshape(rows, num_heads, head_dim)
+            mixed.reshape(num_kv_heads, group, rows, head_dim).transpose(2, 0, 1, 3).reshape(rows, num_heads, head_dim)
         )
     return out.reshape(tokens, -1)
 

@@ -50,9 +50,7 @@ class _Weight:
             return ops.linear(x, self.expanded)
         piece = max(1, (1 << 24) // self.planned.columns)  # 64 MiB of float32 at a time
         starts = range(0, self.planned.rows, piece)
-        return np.concatenate(
-            [ops.linear(x, self.rows(slice(start, start + piece))) for start in starts], axis=1
-        )
+        return np.concatenate([ops.linear(x, self.rows(slice(start, start + piece))) for start in starts], axis=1)
 
 
 @define(eq=False)

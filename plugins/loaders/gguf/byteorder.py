@@ -57,9 +57,7 @@ def to_little_endian(data: NDArray[np.uint8], qtype: QType) -> NDArray[np.uint8]
 
     """
     if qtype.name in _NUMBERS:
-        swapped = (
-            data.view(f"V{_NUMBERS[qtype.name]}").view(f"u{_NUMBERS[qtype.name]}").byteswap().view(np.uint8)
-        )
+        swapped = data.view(f"V{_NUMBERS[qtype.name]}").view(f"u{_NUMBERS[qtype.name]}").byteswap().view(np.uint8)
     else:
         swapped = data.copy()
         first, last = _HALVES[qtype.name]

@@ -140,9 +140,7 @@ def _read_value(reader: Reader, key: str, type_id: int, strings_left: int) -> Me
         at = reader.position
         item_type = _read_type(reader, key)
         if item_type == gguf.ARRAY:
-            raise reader.error(
-                f"key {quoted(key)} is an array of arrays, numbers or strings were expected", at
-            )
+            raise reader.error(f"key {quoted(key)} is an array of arrays, numbers or strings were expected", at)
         count = reader.number("u8", f"length of {quoted(key)}")
         if item_type == gguf.STRING:
             return read_strings(reader, quoted(key), count, strings_left)
@@ -165,9 +163,7 @@ def _checked_alignment(reader: Reader, at: int, type_id: int, value: MetadataVal
     return value
 
 
-def _read_tensors(
-    reader: Reader, count: int, alignment: int, qtypes: Mapping[int, QType]
-) -> list[TensorInfo]:
+def _read_tensors(reader: Reader, count: int, alignment: int, qtypes: Mapping[int, QType]) -> list[TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for index in range(count):
         tensor = read_tensor(reader, index, alignment, qtypes)

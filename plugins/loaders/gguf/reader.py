@@ -26,9 +26,7 @@ _STRUCT_CODES = {
     "i8": "q",
     "f8": "d",
 }
-_STRUCTS = {
-    (order, code): struct.Struct(order + letter) for code, letter in _STRUCT_CODES.items() for order in "<>"
-}
+_STRUCTS = {(order, code): struct.Struct(order + letter) for code, letter in _STRUCT_CODES.items() for order in "<>"}
 
 
 def quoted(text: str) -> str:
@@ -73,12 +71,8 @@ class Reader:
         """The error for `what`, which starts at `offset` and passes the end of the file or of the header."""
         left = self.size - offset
         if nbytes > left:
-            return self.error(
-                f"file is truncated: {what} takes {nbytes} bytes, {max(left, 0)} are left", offset
-            )
-        return self.error(
-            f"{what} takes {nbytes} bytes; a header may have {MAX_HEADER_BYTES} bytes in all", offset
-        )
+            return self.error(f"file is truncated: {what} takes {nbytes} bytes, {max(left, 0)} are left", offset)
+        return self.error(f"{what} takes {nbytes} bytes; a header may have {MAX_HEADER_BYTES} bytes in all", offset)
 
     def take(self, nbytes: int, what: str) -> int:
         """Step over `nbytes` bytes and return the offset of the first.

@@ -125,6 +125,6 @@ def _split_number(header: Header, key: str) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        shown = quoted(value) if isinstance(value, str) else repr(value)
+        shown = value if isinstance(value, int | float) else quoted(str(value))
         raise ModelFileError(header.path, f"{key} is {shown}, a count was expected", header.offsets[key])
     return value

@@ -71,21 +71,15 @@ def read_tensor(reader: Reader, index: int, alignment: int, qtypes: Mapping[int,
         )
     nbytes = qtype.nbytes(shape)
     if nbytes > INT64_MAX:
-        raise reader.error(
-            f"{label} of shape {shape} has {nbytes} bytes, more than 64 bits can count", info_offset
-        )
+        raise reader.error(f"{label} of shape {shape} has {nbytes} bytes, more than 64 bits can count", info_offset)
 
     at = reader.position
     offset = reader.number("u8", f"offset of {label}")
     if offset % alignment:
-        raise reader.error(
-            f"{label} has offset {offset}, a multiple of the alignment {alignment} was expected", at
-        )
+        raise reader.error(f"{label} has offset {offset}, a multiple of the alignment {alignment} was expected", at)
     if offset + nbytes > INT64_MAX:
         raise reader.error(f"{label} has offset {offset}, which lies beyond any file", at)
-    return TensorInfo(
-        name=name, shape=shape, qtype=qtype, nbytes=nbytes, offset=offset, info_offset=info_offset
-    )
+    return TensorInfo(name=name, shape=shape, qtype=qtype, nbytes=nbytes, offset=offset, info_offset=info_offset)
 
 
 def _read_shape(reader: Reader, label: str) -> tuple[int, ...]:

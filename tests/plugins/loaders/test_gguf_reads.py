@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from mortice.core.errors import ModelFileError
 from mortice.core.model.qtypes import GGML_TYPES, QType, qtype_table
@@ -27,6 +29,10 @@ def opened(path: Path) -> ModelFile:
     model = open_gguf(path, LoadOptions())
     assert model is not None
     return model
+
+
+def value(model: ModelFile, key: str) -> Any:
+    return model.metadata[key]
 
 
 def every_type(order: str = "<", version: int = 3) -> GgufBytes:
@@ -50,7 +56,7 @@ def test_every_value_type_is_read_in_file_order(tmp_path: Path, order: str, vers
     with opened(every_type(order, version).write(tmp_path / "m.gguf")) as model:
         metadata = dict(model.metadata)
         assert list(metadata)[:3] == ["general.architecture", "n.u8", "n.i8"]
-        numbers = {key[2:]: value for key, value in metadata.items() if key.startswith("n.")}
+        numbers = {key[2:]: number for key, number in metadata.items() if key.startswith("n.")}
         assert numbers == {
             "u8": 255,
             "i8": -128,
@@ -74,7 +80,7 @@ def test_every_value_type_is_read_in_file_order(tmp_path: Path, order: str, vers
 @ORDERS
 def test_numeric_arrays_are_native_read_only_numpy_arrays(tmp_path: Path, order: str) -> None:
     with opened(every_type(order).write(tmp_path / "m.gguf")) as model:
-        wanted = {
+        wanted: dict[str, NDArray[Any]] = {
             "a.i32": np.array([1, -2, 3], np.int32),
             "a.f32": np.array([0.25, -1.0], np.float32),
             "a.u64": np.array([2**64 - 1], np.uint64),
@@ -82,7 +88,7 @@ def test_numeric_arrays_are_native_read_only_numpy_arrays(tmp_path: Path, order:
             "a.empty": np.array([], np.float32),
         }
         for key, array in wanted.items():
-            found = model.metadata[key]
+            found = value(model, key)
             assert isinstance(found, np.ndarray)
             assert found.dtype == array.dtype
             assert found.dtype.isnative
@@ -93,7 +99,7 @@ def test_numeric_arrays_are_native_read_only_numpy_arrays(tmp_path: Path, order:
 @ORDERS
 def test_string_arrays_are_sequences_that_decode_on_use(tmp_path: Path, order: str) -> None:
     with opened(every_type(order).write(tmp_path / "m.gguf")) as model:
-        strings = model.metadata["s"]
+        strings = value(model, "s")
         wanted = ["", "a", "größe", "日本語", "x" * 300, "🙂"]
         assert list(strings) == wanted
         assert [strings[at] for at in range(-6, 6)] == wanted + wanted
@@ -106,20 +112,23 @@ def test_string_arrays_are_sequences_that_decode_on_use(tmp_path: Path, order: s
             strings[6]
         with pytest.raises(IndexError):
             strings[-7]
-        assert list(model.metadata["s.empty"]) == []
+        assert list(value(model, "s.empty")) == []
 
 
-def test_strings_are_not_decoded_when_the_file_is_opened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_strings_are_not_decoded_when_the_file_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mortice.plugins.loaders.gguf.arrays import StringArray
 
     calls: list[int] = []
-    plain = StringArray.__getitem__
-    monkeypatch.setattr(StringArray, "__getitem__", lambda self, at: calls.append(at) or plain(self, at))
+    plain: Any = StringArray.__getitem__
+
+    def counted(self: StringArray, at: int) -> Any:
+        calls.append(at)
+        return plain(self, at)
+
+    monkeypatch.setattr(StringArray, "__getitem__", counted)
     with opened(every_type().write(tmp_path / "m.gguf")) as model:
         assert calls == []
-        assert model.metadata["s"][3] == "日本語"
+        assert value(model, "s")[3] == "日本語"
         assert calls == [3]
 
 
@@ -196,9 +205,7 @@ def test_magic_decides_whatever_the_file_is_called(tmp_path: Path) -> None:
         assert model.architecture == "llama"
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"GG", b"PK\x03\x04 zip", None], ids=["empty", "short", "zip", "none"]
-)
+@pytest.mark.parametrize("content", [b"", b"GG", b"PK\x03\x04 zip", None], ids=["empty", "short", "zip", "none"])
 def test_files_that_are_not_gguf_are_declined(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "model.safetensors"
     if content is not None:
@@ -217,7 +224,7 @@ def test_close_lets_go_of_the_file_and_may_be_called_twice(tmp_path: Path) -> No
     before = open_files()
     model = opened(every_type().write(tmp_path / "m.gguf"))
     assert open_files() > before
-    strings = model.metadata["s"]
+    strings = value(model, "s")
     model.close()
     model.close()
     assert open_files() == before
@@ -305,8 +312,8 @@ def test_a_file_converted_by_the_gguf_package_to_big_endian_reads_the_same(
     with opened(little) as ours, opened(big) as theirs:
         for name, view in ours.tensors.items():
             np.testing.assert_array_equal(theirs.tensors[name].data, view.data)
-        for key, value in ours.metadata.items():
-            assert list(np.atleast_1d(theirs.metadata[key])) == list(np.atleast_1d(value))
+        for key, ours_value in ours.metadata.items():
+            assert list(np.atleast_1d(value(theirs, key))) == list(np.atleast_1d(ours_value))
 
 
 def test_a_big_endian_type_without_a_settled_form_is_refused_by_name(tmp_path: Path) -> None:
@@ -331,7 +338,7 @@ def assert_agrees_with_gguf_reader(path: Path) -> None:
         keys = [key for key in theirs.fields if not key.startswith("GGUF.")]
         assert list(ours.metadata) == keys
         for key in keys:
-            field, found = theirs.fields[key], ours.metadata[key]
+            field, found = theirs.fields[key], value(ours, key)
             if len(field.types) > 1 and field.types[-1] == gguf.GGUFValueType.STRING:
                 assert list(found) == [str(bytes(field.parts[at]), "utf-8") for at in field.data]
             elif len(field.types) > 1:
@@ -364,8 +371,8 @@ def test_real_vocabularies_open_with_tokens_types_and_merges(name: str) -> None:
     if path is None:
         pytest.skip(f"{name} is not there; MORTICE_TEST_DATA names the folder that holds vocab/")
     with opened(path) as model:
-        tokens, types = model.metadata["tokenizer.ggml.tokens"], model.metadata["tokenizer.ggml.token_type"]
+        tokens, types = value(model, "tokenizer.ggml.tokens"), value(model, "tokenizer.ggml.token_type")
         assert len(tokens) == len(types) > 128_000
         assert len(set(tokens)) == len(tokens)
         assert tokens[5] == list(tokens)[5]
-        assert all(" " in merge for merge in model.metadata["tokenizer.ggml.merges"])
+        assert all(" " in merge for merge in value(model, "tokenizer.ggml.merges"))

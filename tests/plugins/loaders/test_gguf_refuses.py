@@ -12,7 +12,8 @@ import pytest
 
 from mortice.core.errors import ModelFileError
 from mortice.core.model.types import LoadOptions
-from mortice.plugins.loaders.gguf import arrays, parser
+from mortice.plugins.loaders.gguf import arrays
+from mortice.plugins.loaders.gguf import format as limits
 from mortice.plugins.loaders.gguf.loader import open_gguf
 from mortice.plugins.loaders.gguf.parser import read_header
 from tests.support import gguf_bytes as raw
@@ -169,7 +170,7 @@ def test_an_array_of_more_strings_than_allowed_is_refused_in_a_large_file(refuse
 
 
 def test_the_strings_of_all_arrays_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parser.gguf, "MAX_ARRAY_STRINGS", 5)
+    monkeypatch.setattr(limits, "MAX_ARRAY_STRINGS", 5)
     made = GgufBytes().strings("a", ["1", "2", "3"]).strings("b", ["4", "5", "6"])
     with pytest.raises(ModelFileError, match="'b': an array of 3 strings, at most 2 are allowed here"):
         read_header(tmp_path, made.build(), {})
@@ -234,7 +235,7 @@ def test_a_bad_string_is_found_in_an_array_of_many_chunks(
 ) -> None:
     monkeypatch.setattr(arrays._utf8_bytes, "__defaults__", (64,))
     strings = ["größe" * (index % 5 * 9) for index in range(1000)]
-    bad = [*(string.encode() for string in strings[:place]), b"\xe6\x97", *strings[place + 1 :]]
+    bad: list[str | bytes] = [*(string.encode() for string in strings[:place]), b"\xe6\x97", *strings[place + 1 :]]
     with pytest.raises(ModelFileError, match=rf"'k'\[{place}\] is not UTF-8"):
         read_header(tmp_path, GgufBytes().strings("k", bad).build(), {})
 
@@ -255,9 +256,7 @@ def test_an_alignment_that_is_no_power_of_two_is_refused(refuses: Refuses, align
     refuses(made, f"general.alignment is {alignment}, a power of two was expected", at=FIRST_KEY)
 
 
-@pytest.mark.parametrize(
-    ("type_id", "name"), [(raw.INT32, "INT32"), (raw.UINT64, "UINT64"), (raw.FLOAT32, "FLOAT32")]
-)
+@pytest.mark.parametrize(("type_id", "name"), [(raw.INT32, "INT32"), (raw.UINT64, "UINT64"), (raw.FLOAT32, "FLOAT32")])
 def test_an_alignment_of_the_wrong_type_is_refused(refuses: Refuses, type_id: int, name: str) -> None:
     made = GgufBytes().number("general.alignment", type_id, 32)
     refuses(made, f"general.alignment is of type {name}, UINT32 was expected", at=FIRST_KEY)
@@ -333,9 +332,7 @@ def test_an_unknown_tensor_type_is_refused_and_the_known_ones_listed(refuses: Re
 
 
 @pytest.mark.parametrize(("type_id", "name", "block"), [(raw.Q8_0, "Q8_0", 32), (raw.Q4_K, "Q4_K", 256)])
-def test_a_row_that_is_not_whole_blocks_is_refused(
-    refuses: Refuses, type_id: int, name: str, block: int
-) -> None:
+def test_a_row_that_is_not_whole_blocks_is_refused(refuses: Refuses, type_id: int, name: str, block: int) -> None:
     made = GgufBytes().tensor("w", [block + block // 2, 2], type_id, bytes(4096))
     refuses(made, f"rows of {block + block // 2} elements", f"{name}'s block of {block}", at=FIRST_KEY)
 

@@ -42,6 +42,7 @@ def refuse(path: Path, at_fault: Path, *wanted: str) -> None:
         open_gguf(path, LoadOptions())
     assert open_files() == before
     assert caught.value.path == at_fault
+    assert "\n" not in str(caught.value)
     for part in wanted:
         assert part in str(caught.value)
 
@@ -179,3 +180,8 @@ def test_a_split_key_of_the_wrong_type_is_refused(tmp_path: Path, type_id: int, 
 def test_a_split_key_that_is_text_is_refused(tmp_path: Path) -> None:
     path = GgufBytes().text("split.count", "3").write(shard_path(tmp_path, 0))
     refuse(path, path, "split.count is '3', a count was expected")
+
+
+def test_a_split_key_that_is_an_array_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = GgufBytes().numbers("split.count", raw.INT32, [3] * 500).write(shard_path(tmp_path, 0))
+    refuse(path, path, "split.count is '[3 3 3", "a count was expected")
