@@ -48,8 +48,13 @@ __all__ = ["Pipeline", "Session", "Support", "load", "prepare", "validate_file"]
 _DEFAULT_CONTEXT = 4096
 
 
-def prepare(config: RunConfig, registry: Registry | None = None) -> Pipeline:
+def prepare(config: RunConfig, registry: Registry | None = None, *, require_fit: bool = True) -> Pipeline:
     """Everything up to the point where the device is touched: open, validate, build, plan, see whether it fits.
+
+    Args:
+        config: what to run, and how.
+        registry: the plugins; by default those the config asks for.
+        require_fit: refuse what does not fit now. Otherwise ``fit`` tells, and `Pipeline.preload` refuses.
 
     Raises:
         InputError: for whatever is wrong with config, file, contract or the memory needed.
@@ -70,7 +75,8 @@ def prepare(config: RunConfig, registry: Registry | None = None) -> Pipeline:
                 f"executor {executor.name} cannot run {file.path}: " + "; ".join(support.reasons)
             )
         plan, fit = plan_and_fit(registry, model, program, executor, device, settings, config)
-        fit.require()
+        if require_fit:
+            fit.require()
         upload = choose_upload(registry, executor, device, config.upload.strategy)
     except BaseException:
         file.close()
@@ -306,6 +312,7 @@ class Pipeline:
         """
         with self._lock:
             if self._resident is None:
+                self.fit.require()
                 self._resident = ResidentWeights(
                     plan=self.plan, arena=self.executor.allocate(self.plan.arena_bytes)
                 )

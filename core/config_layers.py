@@ -1,0 +1,291 @@
+"""Where each value of a run comes from: default < config file < environment < flag.
+
+A value is checked in the layer that gives it, so a mistake is reported with the file, variable or flag it stands in,
+and all mistakes of all layers together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_origin
+
+import cattrs
+from attrs import define, field, frozen
+
+from mortice.arch_contracts.structuring import make_converter, mistakes, unknown_key
+from mortice.core.config import RunConfig
+from mortice.core.config_keys import ConfigKey, config_keys, tables, variable_of
+from mortice.core.errors import ConfigError
+
+__all__ = ["OTHER_VARIABLES", "EffectiveConfig", "Flag", "Origin", "read_config", "resolve_config"]
+
+OTHER_VARIABLES = {
+    "MORTICE_CACHE": "folder for compiled kernels",
+    "MORTICE_TEST_DATA": "folder with test data that is not part of the project",
+}
+"""Variables of ours that are no config keys."""
+
+_NEAR = 0.88
+"""Likeness from which a MORTICE_ variable is taken for a misspelt key and not for somebody else's."""
+
+
+@frozen
+class Origin:
+    """Where a value came from.
+
+    Attributes:
+        layer: which layer.
+        name: the file, the variable or the flag; empty for a default.
+
+    """
+
+    layer: Literal["default", "file", "environment", "flag"] = "default"
+    name: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.layer} {self.name}".strip()
+
+
+@frozen
+class Flag:
+    """A value given on the command line.
+
+    Attributes:
+        key: the dotted key.
+        value: the value; a `str` is read as text of the key's type.
+        name: the flag as the user knows it.
+
+    """
+
+    key: str
+    value: Any
+    name: str
+
+
+@frozen(eq=False)
+class EffectiveConfig:
+    """A config and the origin of every key in it."""
+
+    config: RunConfig
+    origins: Mapping[str, Origin] = field(repr=False)
+
+    def value(self, key: str) -> Any:
+        """The value of a dotted key."""
+        table, _, name = key.partition(".")
+        return getattr(getattr(self.config, table), name)
+
+
+def read_config(path: str | Path, environment: Mapping[str, str] | None = None) -> RunConfig:
+    """The config in a TOML file.
+
+    Args:
+        path: the file; paths in it are relative to its folder.
+        environment: variables that override keys, for instance `os.environ`; by default none do.
+
+    Raises:
+        ConfigError: listing every mistake.
+
+    """
+    return resolve_config(Path(path), environment or {}).config
+
+
+def resolve_config(
+    file: Path | None = None, environment: Mapping[str, str] | None = None, flags: Iterable[Flag] = ()
+) -> EffectiveConfig:
+    """Lay file, environment and flags over the defaults.
+
+    Raises:
+        ConfigError: listing every mistake with the file, variable or flag it stands in.
+
+    """
+    layers = _Layers()
+    if file is not None:
+        layers.add_file(file)
+    layers.add_environment(environment or {})
+    for flag in flags:
+        layers.add_flag(flag)
+    return layers.result()
+
+
+@define
+class _Layers:
+    values: dict[str, Any] = field(factory=dict)
+    origins: dict[str, Origin] = field(factory=lambda: dict.fromkeys(config_keys(), Origin()))
+    wrong: list[str] = field(factory=list)
+
+    def add_file(self, path: Path) -> None:
+        try:
+            document = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise ConfigError(f"{path}: cannot be read: {reason}") from None
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path}: not TOML: {error}") from None
+        origin = Origin("file", str(path))
+        for table, content in document.items():
+            if table not in tables():
+                self.wrong.append(f"{path}: {_unknown(table, content)}")
+            elif not isinstance(content, dict):
+                self.wrong.append(f"{path}: {table}: wanted a table, found {content!r}")
+            else:
+                for name, value in content.items():
+                    self.add(f"{table}.{name}", value, origin, f"{path}: {table}.{name}", path.parent)
+
+    def add_environment(self, environment: Mapping[str, str]) -> None:
+        known = {variable_of(key): key for key in config_keys()}
+        for variable, text in sorted(environment.items()):
+            if variable in known:
+                self.add_text(known[variable], text, Origin("environment", variable), variable)
+            elif variable.startswith("MORTICE_") and variable not in OTHER_VARIABLES:
+                table = variable.removeprefix("MORTICE_").partition("_")[0].lower()
+                near = difflib.get_close_matches(variable, known, 1, 0 if table in tables() else _NEAR)
+                if near:
+                    self.wrong.append(f"environment: unknown variable {variable}, did you mean {near[0]}?")
+
+    def add_flag(self, flag: Flag) -> None:
+        origin = Origin("flag", flag.name)
+        if isinstance(flag.value, str):
+            self.add_text(flag.key, flag.value, origin, flag.name)
+        else:
+            self.add(flag.key, flag.value, origin, flag.name)
+
+    def add_text(self, key: str, text: str, origin: Origin, where: str) -> None:
+        if key not in config_keys():
+            self.wrong.append(f"{where}: {_unknown_dotted(key)}")
+            return
+        try:
+            value = _from_text(config_keys()[key], text)
+        except ValueError as error:
+            self.wrong.append(f"{where}: {error}")
+            return
+        self.add(key, value, origin, where)
+
+    def add(self, key: str, value: Any, origin: Origin, where: str, base: Path | None = None) -> None:
+        known = config_keys().get(key)
+        if known is None:
+            place = origin.name if origin.layer == "file" else where
+            self.wrong.append(f"{place}: {_unknown_dotted(key)}")
+            return
+        try:
+            if value is not None or not known.optional:
+                value = _converter(base or Path()).structure(value, known.annotation)
+            tables()[known.table](**{known.name: value})  # the class's own validators
+        except ConfigError as error:
+            self.wrong.append(f"{where}: {str(error).removeprefix(f'{known.name}: ')}")
+        except (cattrs.BaseValidationError, TypeError, ValueError) as error:
+            self.wrong += mistakes(error, where)
+        else:
+            self.values[key], self.origins[key] = value, origin
+
+    def result(self) -> EffectiveConfig:
+        if len(self.wrong) == 1:
+            raise ConfigError(self.wrong[0])
+        if self.wrong:
+            lines = "".join(f"\n  {line}" for line in self.wrong)
+            raise ConfigError(f"{len(self.wrong)} mistakes in the configuration{lines}")
+        given: dict[str, dict[str, Any]] = {table: {} for table in tables()}
+        for key, value in self.values.items():
+            table, _, name = key.partition(".")
+            given[table][name] = value
+        return EffectiveConfig(
+            RunConfig(**{table: cls(**given[table]) for table, cls in tables().items()}), self.origins
+        )
+
+
+def _unknown(table: str, content: Any) -> str:
+    """A table that does not exist; a key that stands outside its table is told where it belongs."""
+    at_home = [key for key in config_keys() if key.endswith(f".{table}")]
+    if not isinstance(content, dict) and at_home:
+        return f"{table!r} stands in no table, did you mean {' or '.join(map(repr, at_home))}?"
+    return unknown_key(table, list(tables()))
+
+
+def _unknown_dotted(key: str) -> str:
+    table, _, name = key.partition(".")
+    if table not in tables():
+        return unknown_key(key, list(config_keys()))
+    own = [known for known in config_keys() if known.startswith(f"{table}.")]
+    elsewhere = [known for known in config_keys() if known.endswith(f".{name}")]
+    return unknown_key(key, elsewhere if elsewhere and not difflib.get_close_matches(key, own, 1) else own)
+
+
+def _from_text(key: ConfigKey, text: str) -> Any:
+    """A value as TOML has it, of the text in a variable or after ``--set``.
+
+    Raises:
+        ValueError: saying what was found and wanted.
+
+    """
+    if key.optional and text == "none":
+        return None
+    wrong = ValueError(f"found {text!r}, wanted {key.type_text}")
+    if key.kind is bool:
+        if text not in ("true", "false"):
+            raise wrong
+        return text == "true"
+    if key.kind is int:
+        if not re.fullmatch(r"[+-]?[0-9]{1,40}", text):
+            raise wrong
+        return int(text)
+    if key.kind is float:
+        try:
+            return float(text)
+        except ValueError:
+            raise wrong from None
+    if key.kind is tuple and not text.startswith("["):
+        return [text]
+    if key.kind in (str, Path, Literal):
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        raise ValueError(f"found {text!r}, wanted a {key.type_text} in TOML") from None
+
+
+def _converter(base: Path) -> cattrs.Converter:
+    """Strict, with paths taken from `base` and token ids read from the strings that TOML has as keys."""
+    converter = make_converter()
+
+    def path(value: Any, _: Any) -> Path:
+        if isinstance(value, Path):
+            return value
+        if not isinstance(value, str) or not value or "\0" in value:
+            raise TypeError(f"wanted a path, found {value!r}")
+        try:
+            return base / Path(value).expanduser()
+        except RuntimeError as error:  # ~user that does not exist
+            raise ValueError(f"{value!r}: {error}") from None
+
+    def strings(value: Any, _: Any) -> tuple[str, ...]:
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+            raise TypeError(f"wanted a list of strings, found {value!r}")
+        return tuple(value)
+
+    def pairs(value: Any, annotation: Any) -> dict[Any, Any]:
+        if not isinstance(value, dict):
+            raise TypeError(f"wanted a table, found {value!r}")
+        ids = annotation == Mapping[int, float]
+        return dict(_pairs(value, ids=ids))
+
+    converter.register_structure_hook(Path, path)
+    converter.register_structure_hook_func(lambda kind: get_origin(kind) is tuple, strings)
+    converter.register_structure_hook_func(lambda kind: get_origin(kind) in (dict, Mapping), pairs)
+    return converter
+
+
+def _pairs(table: dict[Any, Any], *, ids: bool) -> Iterator[tuple[Any, Any]]:
+    for key, value in table.items():
+        if ids:
+            if not re.fullmatch(r"[0-9]{1,18}", str(key)):
+                raise TypeError(f"wanted token ids as keys, found {key!r}")
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"wanted a number for {key}, found {value!r}")
+            yield int(key), float(value)
+        else:
+            if not isinstance(value, str):
+                raise TypeError(f"wanted a string for {key!r}, found {value!r}")
+            yield key, value
