@@ -1,4 +1,4 @@
-"""Arithmetic over hyperparameters, as contracts write it: ``"num_heads * head_dim"``, ``"4096 if layer % 2 == 0 else 0"``.
+"""Arithmetic over hyperparameters, as contracts write it: ``"num_heads * head_dim"``, ``"4096 if layer % 2 else 0"``.
 
 The text is parsed once into Python's own syntax tree and then walked by the few rules below; it is never compiled or
 evaluated as Python. What is allowed: numbers, names, ``+ - * / // % **``, comparisons, ``and or not``,
@@ -10,17 +10,21 @@ from __future__ import annotations
 import ast
 import math
 import operator
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from attrs import field, frozen
 
-__all__ = ["FUNCTIONS", "Expression", "ExpressionError"]
+__all__ = ["FUNCTIONS", "Expression", "ExpressionError", "Number"]
 
 Number = int | float
 
-_MAX_LENGTH = 200  # a contract is data; nothing sensible is longer, and the bound keeps the parser's recursion small
-_MAX_EXPONENT = 64  # `10 ** 10 ** 10` must not take memory or time
+# A contract is data; nothing sensible is longer, and the bound keeps the parser's recursion small.
+_MAX_LENGTH = 200
+# No value of a model comes near it, and it keeps integers from growing without end (`10 ** 10 ** 10`).
+_MAX_VALUE = 1e30
+_CHARACTERS = re.compile(r"[A-Za-z0-9_ .,+\-*/%()<>=!]*")
 
 FUNCTIONS: Mapping[str, Callable[..., Number]] = {
     "sqrt": math.sqrt,
@@ -36,13 +40,20 @@ class ExpressionError(ValueError):
     """An expression that cannot be parsed or has no value."""
 
 
+def _bounded(value: Number) -> Number:
+    if not abs(value) <= _MAX_VALUE:  # NaN fails this too
+        raise ExpressionError(f"a value beyond {_MAX_VALUE:g}")
+    return value
+
+
 def _power(base: Number, exponent: Number) -> Number:
-    if abs(exponent) > _MAX_EXPONENT:
-        raise ExpressionError(f"exponent {exponent} is beyond {_MAX_EXPONENT}")
-    value = base**exponent
+    if base and exponent * math.log(abs(base)) > math.log(_MAX_VALUE):
+        raise ExpressionError(f"{base} ** {exponent} is beyond {_MAX_VALUE:g}")
+    value: Any = base**exponent
     if isinstance(value, complex):
         raise ExpressionError(f"{base} ** {exponent} is not a real number")
-    return value  # type: ignore[no-any-return]  # typeshed types int ** int as Any
+    number: Number = value
+    return number
 
 
 _BINARY: Mapping[type[ast.operator], Callable[[Any, Any], Number]] = {
@@ -97,15 +108,18 @@ class Expression:
 
     def __attrs_post_init__(self) -> None:
         if len(self.text) > _MAX_LENGTH:
-            raise ExpressionError(f"expression of {len(self.text)} characters, at most {_MAX_LENGTH} are read")
+            raise ExpressionError(f"an expression of {len(self.text)} characters; at most {_MAX_LENGTH} are read")
+        if not _CHARACTERS.fullmatch(self.text):
+            raise ExpressionError(f"{self.text!r}: a character that has no place in a contract's expression")
         try:
             tree = ast.parse(self.text.strip(), mode="eval")
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise ExpressionError(f"{self.text!r} is not an expression: {error}") from None
+            reason = error.msg if isinstance(error, SyntaxError) else str(error)
+            raise ExpressionError(f"{self.text!r} is not an expression: {reason}") from None
         called = set()
         for node in ast.walk(tree):
             self._check(node)
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if isinstance(node, ast.Call):
                 called.add(node.func)
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node not in called}
         object.__setattr__(self, "names", frozenset(names))
@@ -121,31 +135,34 @@ class Expression:
         ):
             raise ExpressionError(f"{self.text!r}: only these functions exist: {', '.join(FUNCTIONS)}")
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether it is the number 0 whatever the hyperparameters."""
+        return isinstance(self._tree, ast.Constant) and self._tree.value == 0
+
     def evaluate(self, values: Mapping[str, Number]) -> Number:
-        """The value for `values`, which must hold every name in `names`.
+        """The value for `values`, which must hold every name in `names`; finite.
 
         Raises:
-            ExpressionError: for a missing name, a division by zero, or a value without a real number.
+            ExpressionError: for a missing name, a division by zero, a value out of bounds or without a real number.
 
         """
         try:
             return _value(self._tree, values)
         except KeyError as error:
             raise ExpressionError(f"{self.text!r}: no hyperparameter {error.args[0]!r}") from None
-        except (ZeroDivisionError, OverflowError, ValueError, TypeError) as error:
-            if isinstance(error, ExpressionError):
-                raise
+        except (ArithmeticError, ValueError, TypeError) as error:
             raise ExpressionError(f"{self.text!r}: {error}") from None
 
 
-def _value(node: ast.expr, values: Mapping[str, Number]) -> Number:  # noqa: PLR0911 (one return per kind of node)
+def _value(node: ast.expr, values: Mapping[str, Number]) -> Number:
     match node:
         case ast.Constant(value=int() | float() as number):
-            return number
+            return _bounded(number)
         case ast.Name(id=name):
-            return values[name]
+            return _bounded(values[name])
         case ast.BinOp(left=left, op=op, right=right):
-            return _BINARY[type(op)](_value(left, values), _value(right, values))
+            return _bounded(_BINARY[type(op)](_value(left, values), _value(right, values)))
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -_value(operand, values)
         case ast.UnaryOp(operand=operand):

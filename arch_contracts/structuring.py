@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import cattrs
 from attrs import fields, has
@@ -43,6 +43,22 @@ def _literal(value: Any, annotation: Any) -> Any:
     return value
 
 
+def _container(
+    origin: type, wanted: str, plain: Callable[[Any, Any], Any]
+) -> tuple[Callable[[Any], bool], Callable[[Any, Any], Any]]:
+    """For tuples and dicts: what it applies to, and `plain` structuring of a TOML value of the right kind only.
+
+    Without the check a string would do as an array of its characters.
+    """
+
+    def structure(value: Any, kind: Any) -> Any:
+        if not isinstance(value, dict if origin is dict else list | tuple):
+            raise TypeError(f"wanted {wanted}, found {value!r}")
+        return plain(value, kind)
+
+    return lambda kind: get_origin(kind) is origin, structure
+
+
 def make_converter() -> cattrs.Converter:
     """A converter with the strictness above; callers register hooks for types of their own."""
     converter = cattrs.Converter(forbid_extra_keys=True)
@@ -51,8 +67,14 @@ def make_converter() -> cattrs.Converter:
     converter.register_structure_hook_func(lambda kind: getattr(kind, "__origin__", None) is Literal, _literal)
 
     def structure_class(cls: type) -> Callable[[Any, type], Any]:
-        renames = {a.name: override(rename=toml_key(a.name)) for a in fields(cls) if a.name.endswith("_")}
-        inner = make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True, **renames)
+        renames: dict[str, Any] = {
+            attribute.name: override(rename=toml_key(attribute.name))
+            for attribute in fields(cls)
+            if attribute.name.endswith("_")
+        }
+        inner: Callable[[Any, type], Any] = make_dict_structure_fn(
+            cls, converter, _cattrs_forbid_extra_keys=True, **renames
+        )
 
         def structure(value: Any, kind: type) -> Any:
             if not isinstance(value, dict):

@@ -145,12 +145,12 @@ class LimitsConfig:
 class RunConfig:
     """Everything a run is made of, one table each."""
 
-    model: ModelConfig = ModelConfig()
-    prompt: PromptConfig = PromptConfig()
-    plugins: PluginsConfig = PluginsConfig()
-    executor: ExecutorConfig = ExecutorConfig()
-    upload: UploadConfig = UploadConfig()
-    kernels: KernelsConfig = KernelsConfig()
-    sampling: SamplingParams = SamplingParams()
-    generation: GenerationParams = GenerationParams()
-    limits: LimitsConfig = LimitsConfig()
+    model: ModelConfig = field(factory=ModelConfig)
+    prompt: PromptConfig = field(factory=PromptConfig)
+    plugins: PluginsConfig = field(factory=PluginsConfig)
+    executor: ExecutorConfig = field(factory=ExecutorConfig)
+    upload: UploadConfig = field(factory=UploadConfig)
+    kernels: KernelsConfig = field(factory=KernelsConfig)
+    sampling: SamplingParams = field(factory=SamplingParams)
+    generation: GenerationParams = field(factory=GenerationParams)
+    limits: LimitsConfig = field(factory=LimitsConfig)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import tomllib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -71,6 +72,35 @@ class ConfigKey:
         if self.kind in _NAMES:
             return _NAMES[self.kind]
         return "table of numbers" if float in get_args(self.annotation) else "table of strings"
+
+    def parse(self, text: str) -> Any:
+        """The value, as TOML would have it, that `text` in a variable or after a flag stands for.
+
+        ``none`` unsets an optional key; lists and tables are written as in TOML; one string is a list of one.
+
+        Raises:
+            ValueError: saying what was found and wanted.
+
+        """
+        if self.optional and text == "none":
+            return None
+        if self.kind in (str, Path, Literal):
+            return text
+        if self.kind is tuple and not text.startswith("["):
+            return [text]
+        if self.kind is bool:
+            if text in ("true", "false"):
+                return text == "true"
+            raise ValueError(f"found {text!r}, wanted true or false")
+        if self.kind is int:
+            if re.fullmatch(r"[+-]?[0-9]{1,40}", text):
+                return int(text)
+            raise ValueError(f"found {text!r}, wanted an integer")
+        try:
+            return float(text) if self.kind is float else tomllib.loads(f"value = {text}")["value"]
+        except ValueError:
+            wanted = "a number" if self.kind is float else f"a {self.type_text}, as in TOML"
+            raise ValueError(f"found {text!r}, wanted {wanted}") from None
 
 
 def tables() -> Mapping[str, type]:

@@ -18,7 +18,7 @@ from attrs import define, field, frozen
 
 from mortice.arch_contracts.structuring import make_converter, mistakes, unknown_key
 from mortice.core.config import RunConfig
-from mortice.core.config_keys import ConfigKey, config_keys, tables, variable_of
+from mortice.core.config_keys import config_keys, tables, variable_of
 from mortice.core.errors import ConfigError
 
 __all__ = ["OTHER_VARIABLES", "EffectiveConfig", "Flag", "Origin", "read_config", "resolve_config"]
@@ -158,7 +158,7 @@ class _Layers:
             self.wrong.append(f"{where}: {_unknown_dotted(key)}")
             return
         try:
-            value = _from_text(config_keys()[key], text)
+            value = config_keys()[key].parse(text)
         except ValueError as error:
             self.wrong.append(f"{where}: {error}")
             return
@@ -207,43 +207,16 @@ def _unknown(table: str, content: Any) -> str:
 def _unknown_dotted(key: str) -> str:
     table, _, name = key.partition(".")
     if table not in tables():
-        return unknown_key(key, list(config_keys()))
-    own = [known for known in config_keys() if known.startswith(f"{table}.")]
-    elsewhere = [known for known in config_keys() if known.endswith(f".{name}")]
-    return unknown_key(key, elsewhere if elsewhere and not difflib.get_close_matches(key, own, 1) else own)
-
-
-def _from_text(key: ConfigKey, text: str) -> Any:
-    """A value as TOML has it, of the text in a variable or after ``--set``.
-
-    Raises:
-        ValueError: saying what was found and wanted.
-
-    """
-    if key.optional and text == "none":
-        return None
-    wrong = ValueError(f"found {text!r}, wanted {key.type_text}")
-    if key.kind is bool:
-        if text not in ("true", "false"):
-            raise wrong
-        return text == "true"
-    if key.kind is int:
-        if not re.fullmatch(r"[+-]?[0-9]{1,40}", text):
-            raise wrong
-        return int(text)
-    if key.kind is float:
-        try:
-            return float(text)
-        except ValueError:
-            raise wrong from None
-    if key.kind is tuple and not text.startswith("["):
-        return [text]
-    if key.kind in (str, Path, Literal):
-        return text
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        raise ValueError(f"found {text!r}, wanted a {key.type_text} in TOML") from None
+        near_table = difflib.get_close_matches(table, tables(), 1)
+        same = [known.dotted for known in config_keys().values() if known.name == name]
+        near = [key for key in same if not near_table or key.startswith(f"{near_table[0]}.")] or same
+        advice = f", did you mean {' or '.join(map(repr, near))}?" if near else f"; tables are {', '.join(tables())}"
+        return f"unknown key {key!r}{advice}"
+    elsewhere = [known.dotted for known in config_keys().values() if known.name == name]
+    own = [known.name for known in config_keys().values() if known.table == table]
+    near = elsewhere or [f"{table}.{other}" for other in difflib.get_close_matches(name, own, 1)]
+    advice = f", did you mean {' or '.join(map(repr, near))}?" if near else f"; {table} has {', '.join(own)}"
+    return f"unknown key {key!r}{advice}"
 
 
 def _converter(base: Path) -> cattrs.Converter:
@@ -251,9 +224,7 @@ def _converter(base: Path) -> cattrs.Converter:
     converter = make_converter()
 
     def path(value: Any, _: Any) -> Path:
-        if isinstance(value, Path):
-            return value
-        if not isinstance(value, str) or not value or "\0" in value:
+        if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
             raise TypeError(f"wanted a path, found {value!r}")
         try:
             return base / Path(value).expanduser()
@@ -272,8 +243,15 @@ def _converter(base: Path) -> cattrs.Converter:
         return dict(_pairs(value, ids=ids))
 
     converter.register_structure_hook(Path, path)
-    converter.register_structure_hook_func(lambda kind: get_origin(kind) is tuple, strings)
-    converter.register_structure_hook_func(lambda kind: get_origin(kind) in (dict, Mapping), pairs)
+
+    def is_list(kind: Any) -> bool:
+        return get_origin(kind) is tuple
+
+    def is_table(kind: Any) -> bool:
+        return get_origin(kind) in (dict, Mapping)
+
+    converter.register_structure_hook_func(is_list, strings)
+    converter.register_structure_hook_func(is_table, pairs)
     return converter
 
 

@@ -37,8 +37,9 @@ from mortice.core.plugin.interfaces import (
 )
 from mortice.core.plugin.manager import PluginPolicy
 from mortice.core.plugin.registry import Registry, make_registry
-from mortice.core.text.generation import Piece, generate
+from mortice.core.text.generation import Piece, stream_pieces
 from mortice.core.text.params import GenerationParams, SamplingParams
+from mortice.core.text.sampling import Sampled, Sampler
 
 if TYPE_CHECKING:  # the tokenizer library is imported when text is first needed
     from mortice.core.text.tokenizer import Tokenizer
@@ -71,9 +72,7 @@ def prepare(config: RunConfig, registry: Registry | None = None, *, require_fit:
         settings = runtime_settings(config, program)
         support = supports(executor, program, settings)
         if not support:
-            raise UnsupportedError(
-                f"executor {executor.name} cannot run {file.path}: " + "; ".join(support.reasons)
-            )
+            raise UnsupportedError(f"executor {executor.name} cannot run {file.path}: " + "; ".join(support.reasons))
         plan, fit = plan_and_fit(registry, model, program, executor, device, settings, config)
         if require_fit:
             fit.require()
@@ -95,9 +94,7 @@ def prepare(config: RunConfig, registry: Registry | None = None, *, require_fit:
     )
 
 
-def load(
-    model: str | Path | RunConfig, *, executor: str | None = None, context: int | None = None
-) -> Pipeline:
+def load(model: str | Path | RunConfig, *, executor: str | None = None, context: int | None = None) -> Pipeline:
     """A pipeline with its weights resident.
 
     Args:
@@ -214,12 +211,8 @@ def runtime_settings(config: RunConfig, program: Program) -> RuntimeSettings:
     """The runtime's settings; a context beyond the model's own is refused."""
     context = config.executor.context or min(program.context_length, _DEFAULT_CONTEXT)
     if context > program.context_length:
-        raise ConfigError(
-            f"executor.context: found {context}, the model was made for at most {program.context_length}"
-        )
-    return RuntimeSettings(
-        context_length=context, kv_type=config.executor.kv, step_tokens=config.executor.step_tokens
-    )
+        raise ConfigError(f"executor.context: found {context}, the model was made for at most {program.context_length}")
+    return RuntimeSettings(context_length=context, kv_type=config.executor.kv, step_tokens=config.executor.step_tokens)
 
 
 @frozen
@@ -257,9 +250,7 @@ def plan_and_fit(
             device,
             settings.context_length,
             kv_bytes=lambda context: executor.kv_bytes(program, evolve(settings, context_length=context)),
-            workspace_bytes=lambda context: executor.workspace_bytes(
-                program, evolve(settings, context_length=context)
-            ),
+            workspace_bytes=lambda context: executor.workspace_bytes(program, evolve(settings, context_length=context)),
             available_bytes=limit,
         )
         return plan, fit
@@ -271,9 +262,7 @@ def plan_and_fit(
             raise ConfigError(f"kernels.layout: unknown {layout!r}; have auto, compact, {', '.join(names)}")
     plan, fit = attempt("fastest" if layout == "auto" else layout)
     if layout == "auto" and not fit.fits:
-        compact = attempt("compact")
-        if compact[1].fits:
-            plan, fit = compact
+        plan, fit = attempt("compact")  # where not even this fits, it is this that says what context would
     registry.emit(WeightsPlanned(weights=len(plan.weights), arena_bytes=plan.arena_bytes))
     return plan, fit
 
@@ -313,9 +302,7 @@ class Pipeline:
         with self._lock:
             if self._resident is None:
                 self.fit.require()
-                self._resident = ResidentWeights(
-                    plan=self.plan, arena=self.executor.allocate(self.plan.arena_bytes)
-                )
+                self._resident = ResidentWeights(plan=self.plan, arena=self.executor.allocate(self.plan.arena_bytes))
             moved = 0
             if not self._resident.complete:
                 try:
@@ -391,9 +378,7 @@ class Pipeline:
             if name not in sampling and name not in generation:
                 raise ConfigError(f"generate: {unknown_key(name, [*sampling, *generation])}")
         return (
-            evolve(
-                self.config.sampling, **{name: value for name, value in options.items() if name in sampling}
-            ),
+            evolve(self.config.sampling, **{name: value for name, value in options.items() if name in sampling}),
             evolve(
                 self.config.generation,
                 **{name: value for name, value in options.items() if name in generation},
@@ -470,24 +455,27 @@ class Session:
         """Generate after a whole prompt, feeding only what was not fed before."""
         from mortice.core.text.detokenizer import IncrementalDetokenizer
 
-        first = True
+        pipeline = self.pipeline
+        sampler = Sampler(sampling, pipeline.tokenizer.vocab_size, top_logprobs=generation.logprobs)
+        on_device = pipeline.runtime.device_chooser(self.sequence, sampling, generation)
 
-        def step(ids: Sequence[int]) -> NDArray[np.float32]:
-            nonlocal first
-            if first:
-                ids = list(ids)[self.rewind_to(list(ids)) :]
-                first = False
-            logits: NDArray[np.float32] = self.feed(ids)[-1]
-            return logits
+        def choose(ids: Sequence[int], index: int) -> Sampled:
+            new = list(ids)[self.rewind_to(ids) :] if index == 0 else list(ids)
+            if on_device is None:
+                sampler.accept(ids)
+                return sampler.sample(self.feed(new)[-1], index)
+            with pipeline._lock:  # noqa: SLF001 (a session is part of its pipeline)
+                chosen = on_device(new, index)
+            self.fed += new
+            return chosen
 
-        return generate(
-            step,
+        return stream_pieces(
+            choose,
             prompt_ids,
-            tokenizer=self.pipeline.tokenizer,
-            detokenizer=IncrementalDetokenizer(self.pipeline.tokenizer),
-            sampling=sampling,
+            tokenizer=pipeline.tokenizer,
+            detokenizer=IncrementalDetokenizer(pipeline.tokenizer),
             generation=generation,
-            context_length=self.pipeline.settings.context_length,
+            context_length=pipeline.settings.context_length,
         )
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from attrs import asdict, field, frozen
@@ -44,13 +45,15 @@ class Finding:
         return asdict(self)
 
 
+def _by_severity(found: Iterable[Finding]) -> tuple[Finding, ...]:
+    return tuple(sorted(found, key=lambda item: _ORDER.index(item.severity)))
+
+
 @frozen
 class Findings:
     """Findings in order of severity, then of discovery."""
 
-    items: tuple[Finding, ...] = field(
-        converter=lambda found: tuple(sorted(found, key=lambda item: _ORDER.index(item.severity)))
-    )
+    items: tuple[Finding, ...] = field(converter=_by_severity)
 
     @property
     def errors(self) -> tuple[Finding, ...]:

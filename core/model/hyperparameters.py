@@ -16,7 +16,9 @@ from mortice.core.model.types import ModelFile
 
 __all__ = ["Hyperparameters", "resolve_hyperparameters"]
 
-_MAX_COUNT = 2**31 - 1  # every count of a model fits 32 bits; larger ones are broken files, and would overflow later
+# Every count of a model fits 32 bits; larger ones are broken files, and would overflow later.
+_MAX_COUNT = 2**31 - 1
+_TYPES: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
 
 Value = Number | tuple[Number, ...]
 
@@ -48,6 +50,26 @@ class Hyperparameters:
         return {name: value for name, value in self.values.items() if not isinstance(value, tuple)}
 
 
+def resolve_hyperparameters(contract: Contract, file: ModelFile) -> tuple[Hyperparameters, list[Finding]]:
+    """Read, default and check every hyperparameter of `contract`.
+
+    Returns:
+        What could be resolved, and the findings. With an error among them some names may be missing; where
+        ``num_layers`` is there, a loop over the layers is bounded by the number of tensors in the file.
+
+    """
+    resolver = _Resolver(contract, file)
+    # everything that may differ from layer to layer needs the number of layers first
+    for name in sorted(contract.hyperparameters, key=lambda name: name != "num_layers"):
+        resolver.read(name, contract.hyperparameters[name])
+        if name == "num_layers":
+            resolver.bound_layers()
+    resolver.vocab_size()
+    resolver.fill_defaults()
+    resolver.heads()
+    return Hyperparameters(resolver.values), resolver.findings
+
+
 @define
 class _Resolver:
     contract: Contract
@@ -55,11 +77,10 @@ class _Resolver:
     values: dict[str, Value] = field(factory=dict)
     findings: list[Finding] = field(factory=list)
 
-    def key(self, hyperparameter: Hyperparameter) -> str:
-        return f"{self.file.architecture}.{hyperparameter.key}"
+    def key(self, name: str) -> str:
+        return f"{self.file.architecture}.{self.contract.hyperparameters[name].key}"
 
     def report(self, rule: str, key: str, found: str, wanted: str) -> None:
-        offset = self.file.metadata_offsets.get(key)
         self.findings.append(
             Finding(
                 rule=f"hyperparameter.{rule}",
@@ -67,164 +88,159 @@ class _Resolver:
                 subject=key,
                 found=found,
                 wanted=wanted,
-                offset=offset,
+                offset=self.file.metadata_offsets.get(key),
             )
         )
 
+    # reading ----------------------------------------------------------------------------------------------------
+
     def read(self, name: str, hyperparameter: Hyperparameter) -> None:
-        key = self.key(hyperparameter)
+        key = self.key(name)
         raw = self.file.metadata.get(key)
         if raw is None:
             if hyperparameter.default is None:
                 self.report("missing", key, "missing", f"{self.contract.name} needs it ({name})")
-            return
-        if isinstance(raw, (np.ndarray, Sequence)) and not isinstance(raw, str):
+        elif isinstance(raw, (np.ndarray, Sequence)) and not isinstance(raw, str):
             self._read_array(name, key, hyperparameter, raw)
-            return
-        value = self._scalar(key, hyperparameter, raw)
-        if value is not None:
-            self.values[name] = value
+        else:
+            value = self._scalar(key, hyperparameter, raw)
+            if value is not None:
+                self.values[name] = value
 
-    def _read_array(self, name: str, key: str, hyperparameter: Hyperparameter, raw: Sequence[Any]) -> None:
+    def _read_array(
+        self, name: str, key: str, hyperparameter: Hyperparameter, raw: np.ndarray[Any, Any] | Sequence[Any]
+    ) -> None:
         layers = self.values.get("num_layers")
-        if not hyperparameter.per_layer:
-            distinct = np.unique(raw) if isinstance(raw, np.ndarray) and len(raw) else []
-            if len(distinct) != 1:
-                self.report(
-                    "type",
-                    key,
-                    f"an array of {len(raw)}",
-                    f"{self.contract.name} wants one {hyperparameter.kind}",
-                )
-                return
-            raw = [raw[0]]  # an array that says the same for every layer is the scalar
-        elif len(raw) != layers:
+        if layers is None:
+            if name == "num_layers":
+                self.report("type", key, f"an array of {len(raw)}", "wanted int")
+            return  # how many values there should be is not known, and that is reported already
+        if len(raw) != layers:
             self.report("length", key, f"{len(raw)} values", f"wanted one for each of {layers} layers")
             return
-        numbers = [self._scalar(key, hyperparameter, item.item() if hasattr(item, "item") else item) for item in raw]
+        items = raw.tolist() if isinstance(raw, np.ndarray) else list(raw)
+        if not hyperparameter.per_layer:
+            if any(item != items[0] for item in items):
+                wanted = f"{self.contract.name} wants one {hyperparameter.kind} for all layers"
+                self.report("type", key, "values that differ from layer to layer", wanted)
+                return
+            items = items[:1]  # an array that says the same for every layer is the scalar
+        numbers = tuple(self._scalar(key, hyperparameter, item) for item in items)
         checked = tuple(number for number in numbers if number is not None)
         if len(checked) == len(numbers):
             self.values[name] = checked if hyperparameter.per_layer else checked[0]
 
     def _scalar(self, key: str, hyperparameter: Hyperparameter, raw: Any) -> Number | None:
-        wanted_types = {"int": (int,), "float": (int, float), "bool": (bool,)}[hyperparameter.kind]
-        if not isinstance(raw, wanted_types) or (isinstance(raw, bool) and hyperparameter.kind != "bool"):
-            self.report("type", key, f"{type(raw).__name__} {raw!r:.40}", f"wanted {hyperparameter.kind}")
+        kind = hyperparameter.kind
+        number: Number = raw
+        if not isinstance(raw, _TYPES[kind]) or (isinstance(raw, bool) and kind != "bool"):
+            self.report("type", key, f"{type(raw).__name__} {raw!r:.40}", f"wanted {kind}")
             return None
-        if not math.isfinite(raw):
-            self.report("range", key, repr(raw), "wanted a finite number")
+        least: float = hyperparameter.min if hyperparameter.min is not None else 0 if kind == "int" else -math.inf
+        most: float = _MAX_COUNT if kind == "int" else math.inf
+        # comparisons, unlike math.isfinite, hold for integers of any size, and NaN fails them
+        if not (-math.inf < number < math.inf and least <= number <= most):
+            bounds = [f"from {least:g}"] if math.isfinite(least) else []
+            bounds += [f"to {most:.0f}"] if math.isfinite(most) else []
+            self.report("range", key, f"{number!r:.40}", " ".join(["wanted a finite number", *bounds]))
             return None
-        if hyperparameter.kind == "int" and not 0 <= raw <= _MAX_COUNT:
-            self.report("range", key, repr(raw), f"wanted 0 to {_MAX_COUNT}")
-            return None
-        return raw  # type: ignore[no-any-return]  # narrowed by wanted_types, which mypy cannot follow
+        return number
+
+    def bound_layers(self) -> None:
+        """A layer has tensors, so there are no more layers than tensors: what bounds every loop over layers."""
+        layers = self.values.get("num_layers", 0)
+        assert isinstance(layers, int)
+        if layers > len(self.file.tensors):
+            wanted = f"the file has {len(self.file.tensors)} tensors in all"
+            self.report("range", self.key("num_layers"), str(layers), wanted)
+            del self.values["num_layers"]
+
+    def vocab_size(self) -> None:
+        """The key, else the length of the token list, else the rows of the embedding; the first two must agree."""
+        key = f"{self.file.architecture}.vocab_size"
+        stated = self.file.metadata.get(key)
+        tokens = self.file.metadata.get("tokenizer.ggml.tokens")
+        listed = len(tokens) if isinstance(tokens, Sequence) and not isinstance(tokens, str) else None
+        if stated is not None:
+            if isinstance(stated, bool) or not isinstance(stated, int) or not 0 < stated <= _MAX_COUNT:
+                self.report("type", key, f"{stated!r:.40}", "wanted a positive int")
+                return
+            if listed is not None and stated != listed:
+                self.report("vocab_size", key, str(stated), f"tokenizer.ggml.tokens has {listed} entries")
+                return
+            self.values["vocab_size"] = stated
+        elif listed is not None:
+            if not listed:
+                self.report("vocab_size", "tokenizer.ggml.tokens", "0 entries", "wanted at least 1")
+                return
+            self.values["vocab_size"] = listed
+        else:
+            embedding = self.file.tensors.get(self.contract.global_roles["token_embd"].name)
+            if embedding is not None and embedding.shape:
+                self.values["vocab_size"] = embedding.shape[0]
+
+    # defaults ---------------------------------------------------------------------------------------------------
 
     def fill_defaults(self) -> None:
-        """Defaults may build on one another, so they are filled until nothing moves."""
+        """Defaults may build on one another, so they are filled until nothing moves; what is left lacks an input."""
         pending = {
-            name: hyperparameter
+            name: hyperparameter.default
             for name, hyperparameter in self.contract.hyperparameters.items()
-            if name not in self.values
-            and hyperparameter.default is not None
             # a key that is there but broken is reported, never replaced by the default
-            and self.key(hyperparameter) not in self.file.metadata
+            if hyperparameter.default is not None and self.key(name) not in self.file.metadata
         }
         moved = True
         while pending and moved:
             moved = False
-            for name, hyperparameter in list(pending.items()):
-                assert hyperparameter.default is not None
-                if hyperparameter.default.names <= self.values.keys():
+            for name, default in list(pending.items()):
+                if default.names - {"layer"} <= self.values.keys():
                     del pending[name]
                     moved = True
-                    self._fill(name, hyperparameter, hyperparameter.default)
+                    self._fill(name, default)
 
-    def _fill(self, name: str, hyperparameter: Hyperparameter, default: Expression) -> None:
-        numbers = {key: value for key, value in self.values.items() if not isinstance(value, tuple)}
+    def _fill(self, name: str, default: Expression) -> None:
+        hyperparameter = self.contract.hyperparameters[name]
+        varying = [item for item in default.names if isinstance(self.values.get(item), tuple)]
+        if not varying and "layer" not in default.names:
+            value = self._default(name, default, Hyperparameters(self.values).uniform())
+            if value is not None:
+                self.values[name] = value
+        elif not hyperparameter.per_layer:
+            found = f"its default {default.text!r} differs from layer to layer"
+            self.report("default", self.key(name), "missing", f"{found}, and {self.contract.name} wants one value")
+        elif isinstance(layers := self.values.get("num_layers"), int):
+            at = Hyperparameters(self.values).at
+            values = tuple(self._default(name, default, at(layer)) for layer in range(layers))
+            checked = tuple(value for value in values if value is not None)
+            if len(checked) == layers:
+                self.values[name] = checked
+
+    def _default(self, name: str, default: Expression, numbers: Mapping[str, Number]) -> Number | None:
+        hyperparameter = self.contract.hyperparameters[name]
         try:
             value = default.evaluate(numbers)
         except ExpressionError as error:
-            self.report("default", self.key(hyperparameter), "missing", f"its default has no value: {error}")
-            return
+            self.report("default", self.key(name), "missing", f"its default has no value: {error}")
+            return None
         if hyperparameter.kind == "int" and value != int(value):
-            self.report(
-                "default",
-                self.key(hyperparameter),
-                "missing",
-                f"its default {default.text} is {value}, no whole number",
-            )
+            wanted = f"its default {default.text} is {value}, no whole number"
+            self.report("default", self.key(name), "missing", wanted)
+            return None
+        if hyperparameter.min is not None and value < hyperparameter.min:
+            wanted = f"its default {default.text} is {value}, less than {hyperparameter.min:g}"
+            self.report("default", self.key(name), "missing", wanted)
+            return None
+        return int(value) if hyperparameter.kind == "int" else value
+
+    def heads(self) -> None:
+        """Query heads share KV heads evenly."""
+        if not {"num_layers", "num_heads", "num_kv_heads"} <= self.values.keys():
             return
-        self.values[name] = int(value) if hyperparameter.kind == "int" else value
-
-
-def resolve_hyperparameters(contract: Contract, file: ModelFile) -> tuple[Hyperparameters, list[Finding]]:
-    """Read, default and check every hyperparameter of `contract`.
-
-    Returns:
-        What could be resolved, and the findings; with an error among them some names may be missing.
-
-    """
-    resolver = _Resolver(contract, file)
-    ordered = sorted(contract.hyperparameters.items(), key=lambda item: item[0] != "num_layers")
-    for name, hyperparameter in ordered:
-        resolver.read(name, hyperparameter)
-    _vocab_size(resolver)
-    resolver.fill_defaults()
-    if not resolver.findings:
-        _check_ranges(resolver)
-    return Hyperparameters(resolver.values), resolver.findings
-
-
-def _vocab_size(resolver: _Resolver) -> None:
-    """The key, else the length of the token list, else the rows of the embedding; the first two must agree."""
-    key = f"{resolver.file.architecture}.vocab_size"
-    stated = resolver.file.metadata.get(key)
-    tokens = resolver.file.metadata.get("tokenizer.ggml.tokens")
-    listed = len(tokens) if isinstance(tokens, Sequence) and not isinstance(tokens, str) else None
-    if stated is not None and (isinstance(stated, bool) or not isinstance(stated, int) or not 0 < stated <= _MAX_COUNT):
-        resolver.report("type", key, repr(stated), "wanted a positive int")
-    elif stated is not None and listed is not None and stated != listed:
-        resolver.report("vocab_size", key, str(stated), f"tokenizer.ggml.tokens has {listed} entries")
-    elif stated is not None:
-        resolver.values["vocab_size"] = stated
-    elif listed is not None:
-        resolver.values["vocab_size"] = listed
-    else:
-        embedding = resolver.file.tensors.get(resolver.contract.global_roles["token_embd"].name)
-        if embedding is not None:
-            resolver.values["vocab_size"] = embedding.shape[0]
-
-
-def _check_ranges(resolver: _Resolver) -> None:
-    contract = resolver.contract
-
-    def numbers(name: str) -> tuple[Number, ...]:
-        value = resolver.values.get(name, ())
-        return value if isinstance(value, tuple) else (value,)
-
-    for name in (
-        "num_layers",
-        "hidden_size",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-        "ffn_size",
-        "context_length",
-    ):
-        if any(number < 1 for number in numbers(name)):
-            resolver.report("range", resolver.key(contract.hyperparameters[name]), "0", "wanted at least 1")
-            return
-    layers = resolver.values["num_layers"]
-    assert isinstance(layers, int)
-    if layers > len(resolver.file.tensors):  # also what bounds every loop over layers from here on
-        key = resolver.key(contract.hyperparameters["num_layers"])
-        resolver.report("range", key, str(layers), f"the file has {len(resolver.file.tensors)} tensors in all")
-        return
-    at = Hyperparameters(resolver.values).at
-    for layer in range(layers):
-        values = at(layer)
-        if values["num_heads"] % values["num_kv_heads"]:
-            key = resolver.key(contract.hyperparameters["num_kv_heads"])
-            found = f"{values['num_kv_heads']} (layer {layer})"
-            resolver.report("heads", key, found, f"wanted a divisor of {values['num_heads']} query heads")
-            return
+        resolved = Hyperparameters(self.values)
+        for layer in range(resolved.integer("num_layers")):
+            values = resolved.at(layer)
+            if values["num_heads"] % values["num_kv_heads"]:
+                found = f"{values['num_kv_heads']} (layer {layer})"
+                wanted = f"wanted a divisor of {values['num_heads']} query heads"
+                self.report("heads", self.key("num_kv_heads"), found, wanted)
+                return

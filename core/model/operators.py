@@ -271,8 +271,8 @@ class Attention(_Unary):
     """Causal grouped-query attention over the layer's cache, the step's own tokens included.
 
     Query head h reads KV head ``h // (num_heads / num_kv_heads)``. Scores are ``scale * q . k``, then
-    ``softcap * tanh(scores / softcap)`` where `softcap` > 0; a token sees itself and the ``window - 1`` tokens before it
-    (all when `window` is 0).
+    ``softcap * tanh(scores / softcap)`` where `softcap` > 0; a token sees itself and the ``window - 1`` tokens before
+    it (all when `window` is 0).
     """
 
     kind: ClassVar[str] = "attention"

@@ -31,6 +31,7 @@ from mortice.core.model.operators import (
     Softcap,
     WeightRef,
 )
+from mortice.core.model.program_check import check_operators
 from mortice.core.model.validation import ValidatedModel
 
 __all__ = ["KvShape", "Program", "build_program"]
@@ -77,6 +78,13 @@ class Program:
         """Layers."""
         return len(self.kv)
 
+    def last_uses(self) -> dict[Buffer, int]:
+        """For each buffer the place in `operators` after which it is no longer needed; the logits' is the last."""
+        last: dict[Buffer, int] = {}
+        for place, operator in enumerate(self.operators):
+            last.update(dict.fromkeys((*operator.inputs, *operator.outputs), place))
+        return {**last, self.logits: len(self.operators) - 1}
+
     @property
     def weights(self) -> tuple[WeightRef, ...]:
         """Every weight the operators read, each once, in order of first use."""
@@ -87,7 +95,7 @@ def build_program(model: ValidatedModel) -> Program:
     """Build the program of a validated model.
 
     Raises:
-        ContractError: when the contract's settings need a weight its roles do not give, or the other way round.
+        ContractError: when a weight of the file has no use, or the shapes that the contract gives do not fit together.
 
     """
     builder = _Builder(model)
@@ -105,6 +113,7 @@ def build_program(model: ValidatedModel) -> Program:
         hidden_size=integer("hidden_size"),
         context_length=integer("context_length"),
     )
+    check_operators(program.architecture, program.operators)
     _check_every_weight_is_read(model, program)
     return program
 
@@ -139,11 +148,7 @@ class _Builder:
 
     def required(self, role: str) -> WeightRef:
         weight = self.weight(role)
-        if weight is None:
-            contract = self.model.contract.name
-            raise ContractError(
-                f"contract {contract}: its settings need {self.name(role)}, which no role or file gives"
-            )
+        assert weight is not None, f"validation let {self.name(role)} go missing"
         return weight
 
     def name(self, text: str) -> str:
@@ -283,7 +288,7 @@ class _Builder:
 
     def qk_norm(self, src: Buffer, role: str, heads: int) -> Buffer:
         spec = self.model.contract.attention
-        if spec.qk_norm == "none":
+        if spec.qk_norm == "none" or self.weight(role) is None:  # validation knows whether the role may be absent
             return src
         groups = heads if spec.qk_norm == "per_head" else 1
         return self.norm(src, role, groups=groups, kind=spec.qk_norm_type, eps=spec.qk_norm_eps)
@@ -305,7 +310,7 @@ class _Builder:
                 dims=dims,
                 style=spec.style,
                 base=self.number(spec.base),
-                scaling=self.model.rope_scaling,
+                scaling=self.model.rope_scaling if self.number(spec.scaled) else None,
                 factors=self.model.weights.get(("rope_freqs", None)),
             )
         )

@@ -37,6 +37,10 @@ class Arena(Protocol):
         """The bytes themselves where the host can write them, else None."""
         ...
 
+    def write(self, offset: int, data: NDArray[np.uint8]) -> None:
+        """Copy `data`, one dimension, to `offset`; done when it returns."""
+        ...
+
     def close(self) -> None:
         """Give the memory back; calling twice is fine."""
         ...

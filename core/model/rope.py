@@ -7,6 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from mortice.core.errors import InputError
 from mortice.core.model.operators import Rope, RopeScaling
 
 __all__ = ["rope_frequencies"]
@@ -25,11 +26,14 @@ def rope_frequencies(rope: Rope, factors: NDArray[np.float32] | None) -> tuple[N
     Returns:
         Frequencies, float64, shape (dims / 2,), and the magnitude (1 but for YaRN).
 
+    Raises:
+        InputError: for a factor that is no positive number.
+
     """
     pairs = np.arange(rope.dims // 2, dtype=np.float64)
     frequencies = rope.base ** (-2.0 * pairs / rope.dims)
     if factors is not None:
-        frequencies = frequencies / factors.astype(np.float64)
+        frequencies = frequencies / _checked(rope, factors)
     if rope.scaling is None:
         return frequencies, 1.0
     stretched = frequencies / rope.scaling.factor
@@ -38,6 +42,13 @@ def rope_frequencies(rope: Rope, factors: NDArray[np.float32] | None) -> tuple[N
     kept = _yarn_kept_share(rope, rope.scaling, pairs)
     magnitude = rope.scaling.attn_factor * (1.0 + 0.1 * math.log(max(1.0, rope.scaling.factor)))
     return stretched * (1.0 - kept) + frequencies * kept, magnitude
+
+
+def _checked(rope: Rope, factors: NDArray[np.float32]) -> NDArray[np.float64]:
+    for number in np.flatnonzero(~(np.isfinite(factors) & (factors > 0))):
+        tensor = rope.factors.tensor if rope.factors is not None else "RoPE factors"
+        raise InputError(f"{tensor}: factor {number} is {factors[number]}, wanted a positive number")
+    return factors.astype(np.float64)
 
 
 def _yarn_kept_share(rope: Rope, scaling: RopeScaling, pairs: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
+
+from attrs import define, field
 
 from mortice.arch_contracts.schema import Contract
 from mortice.core.model.findings import Finding
@@ -11,74 +14,75 @@ from mortice.core.model.types import ModelFile
 
 __all__ = ["resolve_rope_scaling"]
 
-# Keys that would change the result and that nothing here implements. Ignoring one would be silently wrong.
-_UNSUPPORTED = ("yarn_log_multiplier", "yarn_ext_factor", "yarn_attn_factor")
+# Keys that would change the result and that nothing here implements, with the value that changes nothing.
+# Ignoring another value would be silently wrong.
+_UNSUPPORTED = {"yarn_log_multiplier": 0.0, "yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0}
 
 
 def resolve_rope_scaling(contract: Contract, file: ModelFile) -> tuple[RopeScaling | None, list[Finding]]:
-    """The scaling a file asks for, None for none, and what is wrong with it."""
-    prefix = f"{file.architecture}.rope."
-    findings: list[Finding] = []
+    """The scaling a file asks for, None for none, and what is wrong with it.
 
-    def refuse(key: str, found: object, wanted: str) -> None:
-        offset = file.metadata_offsets.get(key)
-        findings.append(
+    As in llama.cpp, a factor without a type is linear scaling, and so is the older key ``rope.scale_linear``.
+    """
+    keys = _Keys(file)
+    return keys.scaling(contract), keys.findings
+
+
+@define
+class _Keys:
+    file: ModelFile
+    findings: list[Finding] = field(factory=list)
+
+    def scaling(self, contract: Contract) -> RopeScaling | None:
+        metadata = self.file.metadata
+        factor_key = next(
+            (name for name in ("scaling.factor", "scale_linear") if self.key(name) in metadata), "scaling.factor"
+        )
+        kind = metadata.get(self.key("scaling.type"), "linear" if self.key(factor_key) in metadata else "none")
+        if isinstance(kind, str) and kind == "none":
+            return None
+        allowed = contract.rope.scaling if contract.rope is not None else ()
+        if not isinstance(kind, str) or kind not in allowed:
+            self.refuse("scaling.type", kind, f"{contract.name} allows {', '.join(('none', *allowed))}")
+            return None
+        factor = self.number(factor_key, None)
+        if kind == "linear":
+            return RopeScaling(type="linear", factor=factor)
+        for name, neutral in _UNSUPPORTED.items():
+            value = metadata.get(self.key(f"scaling.{name}"), neutral)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value != neutral:
+                self.refuse(f"scaling.{name}", value, f"only {neutral:g} is implemented")
+        trained = metadata.get(f"{self.file.architecture}.context_length")
+        return RopeScaling(
+            type="yarn",
+            factor=factor,
+            original_context=int(self.number("scaling.original_context_length", trained)),
+            attn_factor=self.number("scaling.attn_factor", 1.0),
+            beta_fast=self.number("scaling.yarn_beta_fast", 32.0),
+            beta_slow=self.number("scaling.yarn_beta_slow", 1.0),
+        )
+
+    def key(self, name: str) -> str:
+        return f"{self.file.architecture}.rope.{name}"
+
+    def refuse(self, name: str, found: object, wanted: str) -> None:
+        key = self.key(name)
+        self.findings.append(
             Finding(
                 rule="rope.scaling",
                 severity="error",
                 subject=key,
-                found=repr(found),
+                found=f"{found!r:.80}" if found is not None else "missing",
                 wanted=wanted,
-                offset=offset,
+                offset=self.file.metadata_offsets.get(key),
             )
         )
 
-    def number(name: str, default: float | None) -> float:
-        key = f"{prefix}scaling.{name}"
-        value = file.metadata.get(key, default)
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-        if not good:
-            refuse(key, value, "wanted a positive number")
+    def number(self, name: str, default: Any) -> float:
+        value = self.file.metadata.get(self.key(name), default)
+        # 2**31 bounds a context length, and nothing here comes near it
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 2**31:
+            self.refuse(name, value, "wanted a positive number")
             return 1.0
-        assert isinstance(value, (int, float))
+        assert math.isfinite(value)
         return float(value)
-
-    kind = file.metadata.get(f"{prefix}scaling.type", "none")
-    factor_key = f"{prefix}scaling.factor"
-    old_factor = file.metadata.get(f"{prefix}scale_linear")  # what files before `rope.scaling.*` say
-    if kind == "none" and old_factor is not None and factor_key not in file.metadata:
-        kind, factor = "linear", old_factor
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
-            refuse(f"{prefix}scale_linear", factor, "wanted a positive number")
-            return None, findings
-        factor = float(factor)
-    elif kind == "none":
-        return None, findings
-    else:
-        factor = number("factor", None)
-    allowed = contract.rope.scaling if contract.rope is not None else ()
-    if kind not in allowed:
-        refuse(f"{prefix}scaling.type", kind, f"{contract.name} allows {', '.join(('none', *allowed))}")
-        return None, findings
-    for name in _UNSUPPORTED:
-        key = f"{prefix}scaling.{name}"
-        if key in file.metadata:
-            refuse(
-                key,
-                file.metadata[key],
-                "nothing here implements this key; leaving it out would change the result",
-            )
-    if kind == "linear":
-        return RopeScaling(type="linear", factor=factor), findings
-    context_key = f"{file.architecture}.context_length"
-    trained = file.metadata.get(context_key)
-    default_context = float(trained) if isinstance(trained, int) else None
-    scaling = RopeScaling(
-        type="yarn",
-        factor=factor,
-        original_context=int(number("original_context_length", default_context)),
-        attn_factor=number("attn_factor", 1.0),
-        beta_fast=number("yarn_beta_fast", 32.0),
-        beta_slow=number("yarn_beta_slow", 1.0),
-    )
-    return scaling, findings

@@ -6,7 +6,6 @@ silently gives wrong results.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from attrs import define, field, frozen
@@ -16,11 +15,16 @@ from mortice.arch_contracts.schema import Contract, Role
 from mortice.core.errors import ValidationError
 from mortice.core.model.findings import Finding, Findings, Severity
 from mortice.core.model.hyperparameters import Hyperparameters, resolve_hyperparameters
+from mortice.core.model.known_keys import unread_keys
 from mortice.core.model.operators import RopeScaling, WeightRef
 from mortice.core.model.rope_scaling import resolve_rope_scaling
 from mortice.core.model.types import ModelFile, TensorView
 
 __all__ = ["RoleKey", "ValidatedModel", "ValidationReport", "validate"]
+
+_INTEGERS = frozenset({"I8", "I16", "I32", "I64"})
+
+Values = Mapping[str, Number]
 
 RoleKey = tuple[str, int | None]
 """A role and its layer; None for a global role."""
@@ -82,17 +86,20 @@ class ValidationReport:
 
 
 def validate(file: ModelFile, contract: Contract, extra: Iterable[Finding] = ()) -> ValidationReport:
-    """Check `file` against `contract`; `extra` are findings of plugins, which count like our own."""
+    """Check `file` against `contract`; `extra` are findings of plugins, which count like our own.
+
+    What one mistake leaves undecided (a shape whose hyperparameter is missing) is skipped; all else is checked.
+    """
     hyperparameters, findings = resolve_hyperparameters(contract, file)
+    scaling, found = resolve_rope_scaling(contract, file)
+    findings += found
+    findings += unread_keys(file, contract, hyperparameters.uniform())
     findings += extra
     check = _Check(file=file, contract=contract, hyperparameters=hyperparameters, findings=findings)
-    scaling = None
-    if not any(finding.rule.startswith("hyperparameter.") for finding in findings):
-        check.roles()
-        check.unclaimed()
-        check.numbers()
-        scaling, found = resolve_rope_scaling(contract, file)
-        findings += found
+    check.layers = int(hyperparameters.values.get("num_layers", 0))  # type: ignore[arg-type]  # one number, never a tuple
+    check.roles()
+    check.unclaimed()
+    check.numbers(scaling)
     check.tokenizer()
     result = Findings(findings)
     model = None
@@ -114,6 +121,7 @@ class _Check:
     contract: Contract
     hyperparameters: Hyperparameters
     findings: list[Finding]
+    layers: int = 0
     weights: dict[RoleKey, WeightRef] = field(factory=dict)
     claimed: set[str] = field(factory=set)
 
@@ -130,150 +138,164 @@ class _Check:
             Finding(rule=rule, severity=severity, subject=subject, found=found, wanted=wanted, offset=offset)
         )
 
+    def report_tensor(self, rule: str, tensor: TensorView, found: str, wanted: str) -> None:
+        self.report(rule, tensor.name, found, wanted, offset=tensor.offset)
+
+    def evaluate(self, where: str, expression: Expression, values: Values) -> Number | None:
+        """The value, or None with the reason reported; a name that is missing has been reported already."""
+        if not expression.names <= values.keys():
+            return None
+        try:
+            return expression.evaluate(values)
+        except ExpressionError as error:
+            self.report("contract.expression", where, f"no value: {error}", "the contract must give one")
+            return None
+
     # roles ------------------------------------------------------------------------------------------------------
 
-    def scopes(self) -> Iterator[tuple[int | None, Mapping[str, Role], dict[str, Number]]]:
-        yield None, self.contract.global_roles, self.hyperparameters.uniform()
-        for layer in range(self.hyperparameters.integer("num_layers")):
-            yield layer, self.contract.layer_roles, self.hyperparameters.at(layer)
-
     def roles(self) -> None:
-        for layer, roles, values in self.scopes():
-            for key, role in roles.items():
-                self._own_tensor(key, role, layer, values)
-            for key, role in roles.items():
-                self._missing(key, role, layer, roles)
+        self._scope(None, self.contract.global_roles, self.hyperparameters.uniform())
+        for layer in range(self.layers):
+            self._scope(layer, self.contract.layer_roles, self.hyperparameters.at(layer))
 
-    def _own_tensor(self, key: str, role: Role, layer: int | None, values: dict[str, Number]) -> None:
-        name = role.name.replace("{i}", str(layer))
-        tensor = self.file.tensors.get(name)
+    def _scope(self, layer: int | None, roles: Mapping[str, Role], values: Values) -> None:
+        broken: set[str] = set()
+        for key, role in roles.items():
+            if not self._own_tensor(key, role, layer, values):
+                broken |= {key, *role.split}
+        for key, role in roles.items():
+            if (
+                role.fallback is not None
+                and (key, layer) not in self.weights
+                and (role.fallback, layer) in self.weights
+            ):
+                self.weights[key, layer] = self.weights[role.fallback, layer]
+        for key, why in self._needed(layer, roles, values):
+            if (key, layer) not in self.weights and key not in broken:
+                name = self._where(key, layer, roles)
+                self.report("role.missing", name, "missing", f"{self.contract.name} requires {key}{why}")
+        if (("attn_q_norm", layer) in self.weights) != (("attn_k_norm", layer) in self.weights):
+            self.report(
+                "role.missing", f"layer {layer}", "only one of attn_q_norm and attn_k_norm", "wanted both or none"
+            )
+
+    def _needed(self, layer: int | None, roles: Mapping[str, Role], values: Values) -> Iterator[tuple[str, str]]:
+        """Roles that must have a weight: what the contract calls required, and what its settings cannot do without."""
+        required = [key for key, role in roles.items() if role.presence == "required"]
+        yield from ((key, "") for key in required)
+        if layer is None:
+            needed = self.contract.needed_global_roles()
+        else:
+            parallel = self.evaluate("residual.parallel", self.contract.residual.parallel, values)
+            needed = self.contract.needed_layer_roles(parallel=parallel != 0)
+        yield from ((key, f" ({why})") for key, why in needed if key not in required)
+
+    def _where(self, key: str, layer: int | None, roles: Mapping[str, Role]) -> str:
+        """The tensor that would hold a role: its own, or else the fused one."""
+        role = roles.get(key) or next(role for role in roles.values() if key in role.split)
+        return role.tensor(layer)
+
+    def _own_tensor(self, key: str, role: Role, layer: int | None, values: Values) -> bool:
+        """Bind a role to the tensor of its name where there is one; False when that tensor is broken."""
+        tensor = self.file.tensors.get(role.tensor(layer))
         if tensor is None:
-            return
-        self.claimed.add(name)
+            return True
+        self.claimed.add(tensor.name)
+        family = self.contract.name
         if role.presence == "forbidden":
-            self.report("role.forbidden", name, "present", f"{self.contract.name} has no {key}", offset=tensor.offset)
-            return
-        shape = self._shape(name, role.shape, values)
-        if shape is None:
-            return
+            self.report_tensor("role.forbidden", tensor, "present", f"{family} has no {key}")
+            return False
+        if tensor.qtype.name in _INTEGERS:
+            self.report_tensor("role.type", tensor, f"type {tensor.qtype.name}", "weights are no integers")
+            return False
+        extents = [self._extent(tensor.name, extent, values) for extent in role.shape]
+        shape = tuple(extent for extent in extents if extent is not None)
+        if len(shape) != len(extents):
+            return False
         if tensor.shape != shape:
-            wanted = f"{self.contract.name} wants {_text(shape)}"
-            self.report("role.shape", name, f"shape {_text(tensor.shape)}", wanted, offset=tensor.offset)
-            return
-        whole = WeightRef(role=key, layer=layer, tensor=name, shape=shape, row_stop=shape[0])
+            self.report_tensor("role.shape", tensor, f"shape {_text(tensor.shape)}", f"{family} wants {_text(shape)}")
+            return False
+        whole = WeightRef(role=key, layer=layer, tensor=tensor.name, shape=shape, row_stop=shape[0])
         self.weights[key, layer] = whole
-        self._split(name, role, whole, values)
+        return self._split(tensor, role, whole, values)
 
-    def _split(self, name: str, role: Role, whole: WeightRef, values: dict[str, Number]) -> None:
+    def _split(self, tensor: TensorView, role: Role, whole: WeightRef, values: Values) -> bool:
         start = 0
         for part, rows in role.split.items():
-            extent = self._shape(name, (rows,), values)
+            extent = self._extent(tensor.name, rows, values)
             if extent is None:
-                return
-            stop = start + extent[0]
-            if (part, whole.layer) in self.weights and self.weights[part, whole.layer].tensor != name:
-                self.report("role.repeated", name, f"holds {part} again", f"{part} has a tensor of its own")
+                return False
+            stop = start + extent
+            if len(whole.shape) == 1 and stop % tensor.qtype.block_elements:
+                found = f"{part} ends at element {stop}"
+                wanted = f"{tensor.qtype.name} blocks have {tensor.qtype.block_elements}"
+                self.report_tensor("role.split", tensor, found, wanted)
+                return False
+            other = self.weights.get((part, whole.layer))
+            if other is not None and other.tensor != tensor.name:
+                self.report_tensor("role.repeated", tensor, f"holds {part}", f"{other.tensor} holds it too")
+                return False
             self.weights[part, whole.layer] = WeightRef(
-                role=part, layer=whole.layer, tensor=name, shape=whole.shape, row_start=start, row_stop=stop
+                role=part,
+                layer=whole.layer,
+                tensor=tensor.name,
+                shape=whole.shape,
+                row_start=start,
+                row_stop=stop,
             )
             start = stop
         if role.split and start != whole.shape[0]:
-            self.report("role.split", name, f"{whole.shape[0]} rows", f"the declared parts have {start}")
+            self.report_tensor("role.split", tensor, f"{whole.shape[0]} rows", f"its parts have {start}")
+            return False
+        return True
 
-    def _missing(self, key: str, role: Role, layer: int | None, roles: Mapping[str, Role]) -> None:
-        if (key, layer) in self.weights or role.presence == "forbidden":
-            return
-        name = role.name.replace("{i}", str(layer))
-        if role.fallback is not None:
-            fallback = self.weights.get((role.fallback, layer))
-            if fallback is not None:
-                self.weights[key, layer] = fallback
-        elif role.presence == "required" and name not in self.claimed:
-            # a part of a fused tensor that is there but broken is reported with that tensor
-            fused = [other for other in roles.values() if key in other.split]
-            if not any(other.name.replace("{i}", str(layer)) in self.claimed for other in fused):
-                self.report("role.missing", name, "missing", f"{self.contract.name} requires {key}")
-
-    def _shape(self, subject: str, extents: Sequence[Expression], values: dict[str, Number]) -> tuple[int, ...] | None:
-        shape = []
-        for extent in extents:
-            try:
-                value = extent.evaluate(values)
-            except ExpressionError as error:
-                self.report("contract.expression", subject, f"no shape: {error}", "the contract must give one")
-                return None
-            if value != int(value) or value < 1:
-                found = f"{extent.text} is {value}"
-                self.report("contract.expression", subject, found, "wanted a whole, positive extent")
-                return None
-            shape.append(int(value))
-        return tuple(shape)
+    def _extent(self, subject: str, expression: Expression, values: Values) -> int | None:
+        value = self.evaluate(subject, expression, values)
+        if value is None:
+            return None
+        if value != int(value) or value < 1:
+            found = f"{expression.text} is {value}"
+            self.report("contract.expression", subject, found, "wanted a whole, positive extent")
+            return None
+        return int(value)
 
     def unclaimed(self) -> None:
-        layers = self.hyperparameters.integer("num_layers")
-        ignored = {name.replace("{i}", str(layer)) for name in self.contract.ignored for layer in range(layers)}
+        """Tensors without a role; of layers that do not exist, too. Not asked when the layers are not known."""
+        if not self.layers:
+            return
+        ignored = {name.replace("{i}", str(layer)) for name in self.contract.ignored for layer in range(self.layers)}
         for name, tensor in self.file.tensors.items():
             if name in ignored:
                 self.report("tensor.ignored", name, "present", "known to play no part", "note", tensor.offset)
             elif name not in self.claimed:
                 found = f"no role in contract {self.contract.name}"
-                self.report(
-                    "tensor.unclaimed",
-                    name,
-                    found,
-                    "a weight left out would change the result",
-                    offset=tensor.offset,
-                )
+                self.report_tensor("tensor.unclaimed", tensor, found, "a weight left out would change the result")
 
     # numbers ----------------------------------------------------------------------------------------------------
 
-    def numbers(self) -> None:
-        for layer in range(self.hyperparameters.integer("num_layers")):
+    def numbers(self, scaling: RopeScaling | None) -> None:
+        """Every number of the contract within its range, in every layer; one finding for each number."""
+        told: set[str] = set()
+        for layer in range(self.layers):
             values = self.hyperparameters.at(layer)
-            before = len(self.findings)
-            for where, expression, low, wanted in self._bounds():
-                value = self._number(where, expression, values)
-                if value is not None and not low(value):
-                    self.report(f"{where}.range", where, f"{value} (layer {layer})", wanted)
-            self._rope_dims(values, layer)
-            if len(self.findings) > before:
-                return  # one layer tells it; the others would repeat it
+            for where, expression, good, wanted in _ranges(self.contract, scaling):
+                if where in told:
+                    continue
+                before = len(self.findings)
+                value = self.evaluate(where, expression, values)
+                if value is not None and not good(value, values):
+                    self._out_of_range(where, expression, value, layer, wanted(values))
+                if len(self.findings) > before:
+                    told.add(where)
 
-    def _bounds(self) -> Iterator[tuple[str, Expression, Callable[[Number], bool], str]]:
-        contract = self.contract
-        yield "norm.eps", contract.norm.eps, _not_negative, "wanted a finite number, not negative"
-        yield "attention.scale", contract.attention.scale, _positive, "wanted a positive number"
-        yield "attention.softcap", contract.attention.softcap, _not_negative, "wanted 0 (none) or more"
-        yield (
-            "attention.sliding_window",
-            contract.attention.sliding_window,
-            _not_negative,
-            "wanted 0 (none) or more",
-        )
-        yield "output.softcap", contract.output.softcap, _not_negative, "wanted 0 (none) or more"
-        for where, scale in (
-            ("embedding", contract.embedding),
-            ("residual", contract.residual),
-            ("output", contract.output),
-        ):
-            yield f"{where}.scale", scale.scale, _positive, "wanted a positive number"
-        if contract.rope is not None:
-            yield "rope.base", contract.rope.base, _positive, "wanted a positive number"
-
-    def _number(self, where: str, expression: Expression, values: dict[str, Number]) -> Number | None:
-        try:
-            return expression.evaluate(values)
-        except ExpressionError as error:
-            self.report("contract.expression", where, str(error), "wanted a number")
-            return None
-
-    def _rope_dims(self, values: dict[str, Number], layer: int) -> None:
-        if self.contract.rope is None:
-            return
-        dims = self._number("rope.dims", self.contract.rope.dims, values)
-        if dims is not None and (dims != int(dims) or dims % 2 or not 0 <= dims <= values["head_dim"]):
-            wanted = f"wanted an even number, at most head_dim = {values['head_dim']}"
-            self.report("rope.dims.range", "rope.dims", f"{dims} (layer {layer})", wanted)
+    def _out_of_range(self, where: str, expression: Expression, value: Number, layer: int, wanted: str) -> None:
+        """Named after the file's key where the number is just that."""
+        hyperparameter = self.contract.hyperparameters.get(expression.text.strip())
+        key = f"{self.file.architecture}.{hyperparameter.key}" if hyperparameter is not None else ""
+        offset = self.file.metadata_offsets.get(key)
+        subject = key if key in self.file.metadata else where
+        found = str(value) if subject == key else f"{expression.text} = {value}"
+        self.report(f"{where}.range", subject, f"{found} (layer {layer})", wanted, offset=offset)
 
     # tokenizer --------------------------------------------------------------------------------------------------
 
@@ -307,12 +329,41 @@ class _Check:
                 )
 
 
-def _positive(value: Number) -> bool:
-    return math.isfinite(value) and value > 0
+_Good = Callable[[Number, Values], bool]
+_Wanted = Callable[[Values], str]
 
 
-def _not_negative(value: Number) -> bool:
-    return math.isfinite(value) and value >= 0
+def _ranges(contract: Contract, scaling: RopeScaling | None) -> Iterator[tuple[str, Expression, _Good, _Wanted]]:
+    """Every number of a contract that has a range: where it stands, and when it is good."""
+    attention, norm, rope = contract.attention, contract.norm, contract.rope
+    yield "norm.eps", norm.eps, lambda value, _: value >= 0, lambda _: "wanted 0 or more"
+    if attention.qk_norm_eps is not None:
+        yield "attention.qk_norm_eps", attention.qk_norm_eps, lambda value, _: value >= 0, lambda _: "wanted 0 or more"
+    for where, cap in (("attention.softcap", attention.softcap), ("output.softcap", contract.output.softcap)):
+        yield where, cap, lambda value, _: value >= 0, lambda _: "wanted 0 (none) or more"
+    yield (
+        "attention.sliding_window",
+        attention.sliding_window,
+        lambda value, _: value >= 0 and value == int(value),
+        lambda _: "wanted a whole number of tokens, or 0 (none)",
+    )
+    for where, scale in (
+        ("attention.scale", attention.scale),
+        ("embedding.scale", contract.embedding.scale),
+        ("residual.scale", contract.residual.scale),
+        ("output.scale", contract.output.scale),
+    ):
+        yield where, scale, lambda value, _: value > 0, lambda _: "wanted a positive number"
+    if rope is not None:
+        # YaRN divides by log(base)
+        least = 1 if scaling is not None and scaling.type == "yarn" else 0
+        yield "rope.base", rope.base, lambda value, _: value > least, lambda _: f"wanted more than {least}"
+        yield (
+            "rope.dims",
+            rope.dims,
+            lambda value, values: value in range(0, int(values.get("head_dim", value)) + 1, 2),
+            lambda values: f"wanted an even number, at most head_dim = {values.get('head_dim')}",
+        )
 
 
 def _text(shape: tuple[int, ...]) -> str:

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 ALIGNMENT = 256
-"""Every weight starts at a multiple of this many bytes (what CUDA's own allocator gives, and more than any load needs)."""
+"""Every weight starts at a multiple of this many bytes, as with CUDA's own allocator: more than any load needs."""
 
 
 class Layout(Protocol):
@@ -211,7 +211,7 @@ class FitReport:
         kv_bytes: KV cache for `context_length` tokens.
         workspace_bytes: everything else that is allocated.
         available_bytes: what may be used.
-        largest_context: the longest context that would fit, 0 when the weights alone do not.
+        largest_context: the longest context that would fit, at most the model's own; 0 for none.
 
     """
 
@@ -242,15 +242,16 @@ class FitReport:
         """
         if self.fits:
             return
-        advice = (
-            f"a context of {self.largest_context} tokens would fit"
-            if self.largest_context
-            else "its weights alone do not fit: take a smaller model or a smaller quantisation"
-        )
+        if self.largest_context:
+            advice = f"a context of {self.largest_context} tokens would fit"
+        elif self.weight_bytes > self.available_bytes:
+            advice = "its weights alone do not fit: take a smaller model or a smaller quantisation"
+        else:
+            advice = "no context fits beside its weights: take a smaller model or a smaller quantisation"
         raise DoesNotFitError(
             f"{self.device.name}: needs {_gib(self.total_bytes)} (weights {_gib(self.weight_bytes)}, "
-            f"KV cache for {self.context_length} tokens {_gib(self.kv_bytes)}, workspace {_gib(self.workspace_bytes)}), "
-            f"{_gib(self.available_bytes)} may be used; {advice}"
+            f"KV cache for {self.context_length} tokens {_gib(self.kv_bytes)}, "
+            f"workspace {_gib(self.workspace_bytes)}), {_gib(self.available_bytes)} may be used; {advice}"
         )
 
 

@@ -19,12 +19,19 @@ __all__ = [
 
 @frozen(kw_only=True)
 class Event:
-    """Base of all events."""
+    """Base of all events.
+
+    Attributes:
+        plugin: whose executor or upload strategy tells it, filled in by the registry; ``mortice`` is the core.
+
+    """
+
+    plugin: str = "mortice"
 
 
 @frozen(kw_only=True)
 class ModelOpened(Event):
-    """A loader opened a file."""
+    """A loader, the plugin `loader`, opened a file."""
 
     path: Path
     loader: str

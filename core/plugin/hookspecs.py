@@ -1,4 +1,4 @@
-"""Every hook there is. A plugin is a module or an object with some of these, each marked with `hookimpl`.
+"""Every hook there is. A plugin is a module, an object or a class with some of these, each marked with `hookimpl`.
 
 A package announces its plugin with an entry point in the group ``mortice``::
 
@@ -6,9 +6,12 @@ A package announces its plugin with an entry point in the group ``mortice``::
     my-plugin = "my_package.plugin"
 
 Plugins are asked in no promised order. Two that give the same key are a conflict, which the config decides
-(``[plugins] prefer``). Importing a plugin must not touch a GPU or import a CUDA package; do that inside the function
-that needs the device.
+(``[plugins.prefer]``). Importing a plugin must not touch a GPU or import a CUDA package; do that inside the function
+that needs the device. A hook may leave out arguments that it does not use.
 """
+
+# mypy: disable-error-code="empty-body"
+# (pluggy reads these functions and calls none of them)
 
 from __future__ import annotations
 
@@ -43,7 +46,9 @@ class HookSpecs:
     def mortice_open_model(self, path: Path, options: LoadOptions) -> ModelFile | None:
         """Open a model file, or decline.
 
-        Called for each loader until one returns a model.
+        Called for each loader, whether or not another has taken the file: two that take it are a conflict. A plugin
+        that ``[plugins.prefer]`` names for the file's suffix (``"loader:npz" = "my-plugin"``) is called first, and the
+        others only when it declines. Decide from the name or the first bytes, and decline quickly.
 
         Args:
             path: an existing file or folder.
@@ -53,7 +58,8 @@ class HookSpecs:
             The model, or None when the format is not this loader's.
 
         Raises:
-            ModelFileError: when the format is this loader's and the file is broken; no other loader is asked then.
+            ModelFileError: when the format is this loader's and the file is broken. The run ends with that error, so
+                raise it only for files that are surely this loader's.
 
         Example::
 
@@ -90,7 +96,8 @@ class HookSpecs:
         Called once when the registry is made.
 
         Returns:
-            Types with a NumPy reference, and a CUDA traits header where there is one.
+            Types with a NumPy reference, and a CUDA traits header where there is one. Ids and names that GGML uses mean
+            what they mean there; a type of one's own takes an id that no other plugin of the run uses.
 
         Example::
 
@@ -110,14 +117,17 @@ class HookSpecs:
             device: where they would run.
 
         Returns:
-            Kernels. One for an operator and weight type that the executor serves itself is used only when
-            ``[kernels] prefer`` names the plugin.
+            Kernels, for an executor that can read their layouts. One for an operator and weight type that the executor
+            serves itself is used only when ``[plugins.prefer]`` names the plugin
+            (``"kernel:linear:Q4_K" = "my-plugin"``).
 
         Example::
 
             @hookimpl
             def mortice_kernels(device):
-                return [Kernel(operator="linear", qtype="TERNARY", layout=TernaryPlanes())] if device.kind == "cuda" else []
+                if device.kind != "cuda":
+                    return []
+                return [Kernel(operator="linear", qtype="TERNARY", layout=TernaryPlanes())]
 
         """
 
@@ -128,7 +138,7 @@ class HookSpecs:
         Called once when the registry is made.
 
         Returns:
-            Strategies. Making one must not touch a device.
+            Strategies, objects like `UploadStrategy`. Making one must not touch a device.
 
         Example::
 
@@ -145,7 +155,7 @@ class HookSpecs:
         Called once when the registry is made.
 
         Returns:
-            Executors. Making one must not touch a device.
+            Executors, objects like `Executor`. Making one must not touch a device.
 
         Example::
 
@@ -159,7 +169,8 @@ class HookSpecs:
     def mortice_validate(self, model: ModelFile, contract: Contract) -> Iterable[Finding]:
         """Findings beyond those of the core.
 
-        Called once for each file, before any tensor is read; an error among them keeps the model from going on.
+        Called once for each file and contract, before any tensor is read; an error among them keeps the model from
+        going on.
 
         Args:
             model: the opened file.
@@ -185,7 +196,10 @@ class HookSpecs:
         Called often and on the thread that works, so be quick. An exception here fails the run and names the plugin.
 
         Args:
-            event: one of `mortice.core.plugin.events`.
+            event: one of `mortice.core.plugin.events`; its ``plugin`` says whose executor or upload strategy tells it.
+
+        Returns:
+            Nothing.
 
         Example::
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
-from attrs import define, field, frozen
+from attrs import define, field, frozen, validators
 from numpy.typing import NDArray
 
 from mortice.core.model.program import Program
@@ -16,6 +16,8 @@ from mortice.core.model.residency import Arena, BoundModel, ResidentWeights
 from mortice.core.model.types import DeviceInfo
 from mortice.core.model.weight_plan import Kernel
 from mortice.core.plugin.events import Event
+from mortice.core.text.generation import ChooseToken
+from mortice.core.text.params import GenerationParams, SamplingParams
 
 __all__ = [
     "Emit",
@@ -43,9 +45,9 @@ class QuantizationType:
 
     """
 
-    qtype: QType
-    dequantize: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
-    traits: Path | None = None
+    qtype: QType = field(validator=validators.instance_of(QType))
+    dequantize: Callable[[NDArray[np.uint8]], NDArray[np.float32]] = field(validator=validators.is_callable())
+    traits: Path | None = field(default=None, validator=validators.optional(validators.instance_of(Path)))
 
 
 class UploadStrategy(Protocol):
@@ -140,6 +142,17 @@ class Runtime(Protocol):
 
         Raises:
             InputError: before any work, for a token id outside the vocabulary or more tokens than the context holds.
+
+        """
+        ...
+
+    def device_chooser(
+        self, sequence: TokenSequence, sampling: SamplingParams, generation: GenerationParams
+    ) -> ChooseToken | None:
+        """Something that feeds tokens and chooses the next one without logits leaving the device.
+
+        Returns:
+            It, for use with this sequence only; None where the host has to sample.
 
         """
         ...

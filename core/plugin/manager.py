@@ -1,22 +1,28 @@
 """Finds plugins and keeps their faults apart: one that cannot be imported is named and skipped, not fatal.
 
-A manager is made for each run; there is no global one. Built-ins come first and through the same hooks.
+A manager is made for each run; there is no global one. Built-ins come first and through the same hooks, but no result
+depends on the order: where two plugins could answer, the registry asks all of them.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
+import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from importlib import metadata
-from types import ModuleType
+from itertools import groupby
 from typing import Any, Literal
 
 import pluggy
 from attrs import define, field, frozen
 
-from mortice.core.errors import InputError, PluginError
+from mortice.core.errors import ConfigError, PluginError
+from mortice.core.plugin.conformance import describe, elements, hook_faults, naming
 from mortice.core.plugin.hookspecs import CONTRACT_VERSION, PROJECT, HookSpecs
 
 __all__ = ["BUILTIN_PLUGINS", "PluginManager", "PluginPolicy", "PluginRecord"]
@@ -31,13 +37,18 @@ BUILTIN_PLUGINS = (
 """Modules with hooks, imported like those of third parties."""
 
 
+_LOG = logging.getLogger("mortice.plugins")
+"""Says which plugins were skipped. Unless the program configures logging, Python prints that to standard error."""
+
+
 @frozen(kw_only=True)
 class PluginPolicy:
     """Which plugins may take part.
 
     Attributes:
         allow: if not empty, only these besides the built-ins; one that is missing or broken is an error.
-        block: never these; a built-in may be blocked too.
+        block: never these; a built-in may be blocked too. A name that is not installed is logged, not refused, so that
+            one config serves several machines.
         strict: let a broken plugin's exception through instead of skipping it.
         entry_points: whether installed packages are searched at all.
 
@@ -56,9 +67,9 @@ class PluginRecord:
     Attributes:
         name: its name: the entry point's, or the module's last part for a built-in.
         source: where it came from.
-        distribution: the installed package and its version, ``mortice`` for built-ins.
+        distribution: the installed package and its version, ``mortice`` for built-ins, empty for a given object.
         status: whether it takes part.
-        error: why not.
+        error: why not, in one line.
         import_seconds: what importing it took.
 
     """
@@ -69,6 +80,11 @@ class PluginRecord:
     status: Literal["active", "blocked", "failed"] = "active"
     error: str = ""
     import_seconds: float = 0.0
+
+    @property
+    def origin(self) -> str:
+        """The plugin and where it came from, as errors name it."""
+        return f"plugin {self.name} ({self.distribution or self.source})"
 
 
 @define(eq=False)
@@ -84,119 +100,186 @@ class PluginManager:
         self._pm.add_hookspecs(HookSpecs)
 
     @classmethod
-    def create(
-        cls, policy: PluginPolicy | None = None, given: Sequence[tuple[str, object]] = ()
-    ) -> PluginManager:
+    def create(cls, policy: PluginPolicy | None = None, given: Sequence[tuple[str, object]] = ()) -> PluginManager:
         """A manager with the built-ins, the installed plugins the policy lets in, and `given` (name, plugin) pairs.
 
         Raises:
-            PluginError: when a plugin the policy asks for is missing or broken, or any is broken and the policy is strict.
+            ConfigError: when the policy allows and blocks the same plugin.
+            PluginError: when a plugin the policy asks for is missing or broken, any is broken and the policy is strict,
+                or a given one is broken or has a name that is taken.
 
         """
         manager = cls(policy or PluginPolicy())
         for module in BUILTIN_PLUGINS:
             record = PluginRecord(name=_builtin_name(module), source="builtin", distribution="mortice")
-            manager._admit(record, lambda module=module: importlib.import_module(module))
+            manager._admit(record, partial(importlib.import_module, module))
         if manager.policy.entry_points:
             manager._admit_entry_points()
         for name, plugin in given:
-            record = PluginRecord(name=name, source="given", distribution="")
-            manager._admit(record, lambda plugin=plugin: plugin)
+            if name in manager.records:
+                raise PluginError(f"a plugin is given as {name!r}, which {manager.origin(name)} is named already")
+            manager._admit(PluginRecord(name=name, source="given", distribution=""), partial(_itself, plugin))
+        manager._check_policy()
         return manager
 
     def _admit_entry_points(self) -> None:
-        allow = self.policy.allow
         points = sorted(metadata.entry_points(group=PROJECT), key=lambda point: point.name)
-        for point in points:
-            if allow and point.name not in allow:
-                continue
-            distribution = f"{point.dist.name} {point.dist.version}" if point.dist is not None else ""
-            self._admit(
-                PluginRecord(name=point.name, source="entry point", distribution=distribution), point.load
-            )
-        for name in allow:
-            if name not in self.records:
-                installed = ", ".join(point.name for point in points) or "none"
-                raise PluginError(f"plugins.allow: no installed plugin {name!r}; installed are: {installed}")
+        for name, same in groupby(points, key=lambda point: point.name):
+            group = list(same)
+            distributions = " and ".join(sorted(map(_distribution, group)))
+            load: Callable[[], object] = group[0].load
+            if name in self.records:
+                load = partial(_refuse, f"a built-in plugin is named {name!r}; the package has to choose another name")
+                name = f"{name} of {distributions}"
+            elif len(group) > 1:
+                load = partial(_refuse, f"each of them announces a plugin {name!r}; uninstall one")
+            self._admit(PluginRecord(name=name, source="entry point", distribution=distributions), load)
 
-    def _admit(self, record: PluginRecord, load: Any) -> None:
-        if record.name in self.records:
-            other = self.records[record.name]
-            raise PluginError(
-                f"two plugins are named {record.name!r}: {other.distribution or other.source} and "
-                f"{record.distribution or record.source}; block one with plugins.block or uninstall it"
-            )
-        self.records[record.name] = record
-        if record.name in self.policy.block:
-            record.status = "blocked"
+    def _admit(self, record: PluginRecord, load: Callable[[], object]) -> None:
+        name, policy = record.name, self.policy
+        self.records[name] = record
+        if name in policy.block:
+            record.status, record.error = "blocked", "in plugins.block"
+            return
+        if record.source == "entry point" and policy.allow and name not in policy.allow:
+            record.status, record.error = "blocked", "not in plugins.allow"
             return
         started = time.perf_counter()
         try:
-            plugin = load()
-            self._register(record.name, plugin() if inspect.isclass(plugin) else plugin)
-        except Exception as error:
-            record.status, record.error = "failed", f"{type(error).__name__}: {error}"
-            if self.policy.strict or record.name in self.policy.allow or record.source != "entry point":
-                raise PluginError(
-                    f"plugin {record.name} ({record.distribution or record.source}): {record.error}"
-                ) from error
+            self._register(name, load())
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a SystemExit or a panic of a compiled extension is no Exception
+            record.status, record.error = "failed", describe(error)
+            if policy.strict or name in policy.allow or record.source != "entry point":
+                raise PluginError(f"{record.origin}: {record.error}") from error
+            _LOG.warning("%s is skipped: %s", record.origin, record.error)
         finally:
             record.import_seconds = time.perf_counter() - started
 
     def _register(self, name: str, plugin: object) -> None:
+        """Check a plugin and let it in, or raise and leave the manager as it was."""
+        if inspect.isclass(plugin):
+            plugin = plugin()
         version = getattr(plugin, "mortice_contract_version", CONTRACT_VERSION)
         if version != CONTRACT_VERSION:
-            raise PluginError(f"written for hook contract {version}, this mortice has {CONTRACT_VERSION}")
-        self._check_names(plugin)
+            raise PluginError(f"written for hook contract {version!r}, this mortice has {CONTRACT_VERSION}")
+        twin = self._pm.get_name(plugin)
+        if twin is not None:
+            raise PluginError(f"the same object is {self.origin(twin)} already")
+        faults = list(hook_faults(plugin, partial(self._pm.parse_hookimpl_opts, plugin)))
+        if faults:
+            raise PluginError("; ".join(faults))
         self._pm.register(plugin, name=name)
         try:
-            for implementation in [caller for caller in self._pm.get_hookcallers(plugin) or []]:
-                for impl in implementation.get_hookimpls():
-                    if impl.plugin is plugin and (impl.hookwrapper or impl.wrapper):
-                        raise PluginError(f"{implementation.name}: hook wrappers are not supported")
-            self._pm.check_pending()
+            self._pm.check_pending()  # hook_faults has said it better; this is pluggy's own word
         except Exception:
             self._pm.unregister(plugin)
             raise
 
-    def _check_names(self, plugin: object) -> None:
-        """A function named like a hook but not marked as one would silently never be called."""
-        names = plugin.__dict__ if isinstance(plugin, ModuleType) else dir(type(plugin))
-        for name in names:
-            if name.startswith(f"{PROJECT}_") and callable(getattr(plugin, name, None)):
-                if self._pm.parse_hookimpl_opts(plugin, name) is None:
-                    raise PluginError(f"{name} is not marked with @hookimpl")
-                if not hasattr(HookSpecs, name):
-                    known = ", ".join(hook for hook in dir(HookSpecs) if hook.startswith(PROJECT))
-                    raise PluginError(f"there is no hook {name}; hooks are: {known}")
+    def _check_policy(self) -> None:
+        installed = [record.name for record in self.records.values() if record.source != "builtin"]
+        for name in self.policy.allow:
+            if name in self.policy.block:
+                raise ConfigError(f"plugins.allow and plugins.block both name {name!r}")
+            if name not in self.records:
+                raise PluginError(
+                    f"plugins.allow: no installed plugin {name!r}; installed are: {', '.join(installed) or 'none'}"
+                )
+        for name in self.policy.block:
+            if name not in self.records:
+                near = difflib.get_close_matches(name, self.records, 1)
+                hint = f"; the nearest is {near[0]!r}, which is not blocked" if near else ""
+                _LOG.warning("plugins.block: no plugin %r%s", name, hint)
 
-    def call(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
-        """Call `hook` on every plugin that has it, first registered first.
+    def origin(self, plugin: str) -> str:
+        """A plugin and the distribution it came with, as errors name them."""
+        return self.records[plugin].origin
+
+    def naming(self, plugin: str, doing: str) -> AbstractContextManager[None]:
+        """Make whatever goes wrong inside name the plugin; see `conformance.naming`."""
+        record = self.records[plugin]
+        return naming(record.origin, doing, note=record.source != "builtin")
+
+    def has(self, plugin: str, hook: str) -> bool:
+        """Whether an active plugin implements a hook."""
+        return any(implementation.plugin_name == plugin for implementation in self._implementations(hook))
+
+    def call(self, hook: str, *, only: str | None = None, **arguments: Any) -> Iterator[tuple[str, Any]]:
+        """Call `hook` on every plugin that has it, or on the plugin `only`.
 
         Yields:
-            The plugin's name and what it returned.
+            The plugin's name and what it returned; an iterator is gone through first, so that what it raises is the
+            plugin's.
 
         Raises:
-            PluginError: naming the plugin, for any exception that is not an `InputError`.
+            MorticeError: as a plugin raised it, with a note that names the plugin unless it is a built-in.
+            PluginError: naming the plugin, for any other exception.
 
         """
-        caller: pluggy.HookCaller = getattr(self._pm.hook, hook)
-        for implementation in caller.get_hookimpls():
+        for implementation in self._implementations(hook):
             name = implementation.plugin_name
+            if only is not None and name != only:
+                continue
             values = [arguments[argument] for argument in implementation.argnames]
-            try:
+            with self.naming(name, hook):
                 result = implementation.function(*values)
-                # a generator runs here, so that its exceptions are this plugin's
-                yield name, list(result) if inspect.isgenerator(result) else result
-            except (InputError, PluginError):
-                raise
-            except Exception as error:
-                raise PluginError(f"plugin {name}: {hook}: {type(error).__name__}: {error}") from error
+                if isinstance(result, Iterator):
+                    result = list(result)
+            yield name, result
 
-    def failed(self) -> Iterable[PluginRecord]:
+    def gather(
+        self, hook: str, faults: Callable[[object], Iterator[str]], **arguments: Any
+    ) -> Iterator[tuple[str, Any]]:
+        """Call a hook that gives several things, and check each.
+
+        Yields:
+            The plugin's name and one thing it gave.
+
+        Raises:
+            PluginError: naming the plugin, for a result that is not a collection or has `faults`.
+
+        """
+        for plugin, result in self.call(hook, **arguments):
+            values = elements(result)
+            if values is None:
+                wanted = inspect.signature(getattr(HookSpecs, hook)).return_annotation
+                raise PluginError(f"{self.origin(plugin)}: {hook}: returned {type(result).__name__}, wanted {wanted}")
+            for value in values:
+                self.require(plugin, hook, faults(value))
+                yield plugin, value
+
+    def require(self, plugin: str, hook: str, faults: Iterator[str]) -> None:
+        """Raise a PluginError that names the plugin and lists `faults`, if there are any."""
+        found = list(faults)
+        if found:
+            raise PluginError(f"{self.origin(plugin)}: {hook}: {'; '.join(found)}")
+
+    def failed(self) -> list[PluginRecord]:
         """Plugins that were skipped because they are broken."""
         return [record for record in self.records.values() if record.status == "failed"]
+
+    def absent(self) -> str:
+        """What to add to "there is no such thing": the plugins that could not give it, or nothing."""
+        gone = [record for record in self.records.values() if record.status != "active"]
+        return "".join(f"; {record.origin} is {record.status}: {record.error}" for record in gone)
+
+    def _implementations(self, hook: str) -> list[pluggy.HookImpl]:
+        caller: pluggy.HookCaller = getattr(self._pm.hook, hook)
+        return caller.get_hookimpls()
 
 
 def _builtin_name(module: str) -> str:
     return module.removeprefix("mortice.plugins.").removesuffix(".plugin").replace(".", "-")
+
+
+def _itself(plugin: object) -> object:
+    return plugin
+
+
+def _refuse(message: str) -> object:
+    raise PluginError(message)
+
+
+def _distribution(point: metadata.EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist is not None else "unknown distribution"

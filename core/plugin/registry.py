@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -15,8 +16,9 @@ from mortice.core.model.findings import Finding
 from mortice.core.model.qtypes import QType, qtype_table
 from mortice.core.model.types import DeviceInfo, LoadOptions, ModelFile
 from mortice.core.model.weight_plan import Kernel
+from mortice.core.plugin import conformance
 from mortice.core.plugin.events import Event
-from mortice.core.plugin.interfaces import Executor, QuantizationType, UploadStrategy
+from mortice.core.plugin.interfaces import Emit, Executor, QuantizationType, UploadStrategy
 from mortice.core.plugin.manager import PluginManager, PluginPolicy
 
 __all__ = ["Provided", "Registry", "make_registry"]
@@ -42,6 +44,9 @@ class Registry:
         qtypes: by type name.
         uploads: by strategy name.
         executors: by executor name.
+        qtype_table: every tensor type a loader may meet, by id.
+        prefer: how the config decides conflicts.
+        observers: the program's own, told before the plugins; what they raise is passed on as it is.
 
     """
 
@@ -55,27 +60,54 @@ class Registry:
     observers: list[Callable[[Event], None]] = field(factory=list)
 
     def open_model(self, path: Path) -> ModelFile:
-        """Open a model with the first loader that takes it.
+        """Open a model with the loader that takes it.
+
+        Every loader is asked, for the order must not matter; the plugin that ``[plugins.prefer]`` names for the file's
+        suffix (``"loader:gguf"``) is asked first, and the others only if it declines.
 
         Raises:
             ModelFileError: when the path does not exist, is broken, or no loader takes it.
+            PluginError: when two loaders take it, or one fails.
 
         """
-        if not path.exists():
-            raise ModelFileError(path, "no such file or folder")
-        options = LoadOptions(qtypes=self.qtype_table)
-        declined = []
-        for plugin, model in self.manager.call("mortice_open_model", path=path, options=options):
-            if model is None:
-                declined.append(plugin)
-                continue
-            if not isinstance(model, ModelFile):
-                raise PluginError(
-                    f"plugin {plugin}: mortice_open_model returned {type(model).__name__}, wanted ModelFile"
-                )
-            model.loader = plugin
-            return model
-        raise ModelFileError(path, f"no loader takes it; asked: {', '.join(declined) or 'none'}")
+        try:
+            path.stat()
+        except FileNotFoundError:
+            raise ModelFileError(path, "no such file or folder") from None
+        except (OSError, ValueError) as error:
+            raise ModelFileError(path, f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        key = f"loader:{path.suffix.removeprefix('.').lower() or 'none'}"
+        choice = self.prefer.get(key)
+        opened = self._opened(path, choice) if choice else []
+        opened = opened or self._opened(path)
+        if len(opened) == 1:
+            return opened[0]
+        for model in opened:
+            model.close()
+        if not opened:
+            asked = ", ".join(
+                plugin for plugin in self.manager.records if self.manager.has(plugin, "mortice_open_model")
+            )
+            raise ModelFileError(path, f"no loader takes it; asked: {asked or 'none'}{self.manager.absent()}")
+        raise PluginError(f"{path}: " + _conflict(self.manager, key, [model.loader for model in opened]))
+
+    def _opened(self, path: Path, only: str | None = None) -> list[ModelFile]:
+        """The file as every loader that takes it sees it; when one fails, none stays open."""
+        opened: list[ModelFile] = []
+        hook = "mortice_open_model"
+        try:
+            options = LoadOptions(qtypes=self.qtype_table)
+            for plugin, model in self.manager.call(hook, only=only, path=path, options=options):
+                if model is not None:
+                    if isinstance(model, ModelFile):
+                        opened.append(model)
+                    self.manager.require(plugin, hook, conformance.model_faults(model))
+                    model.loader = plugin
+        except BaseException:
+            for model in opened:
+                model.close()
+            raise
+        return opened
 
     def contract_for(self, model: ModelFile) -> Contract:
         """The contract that serves the model's ``general.architecture``.
@@ -88,53 +120,103 @@ class Registry:
         provided = self.contracts.get(architecture)
         if provided is not None:
             return provided.value
+        shown = architecture if len(architecture) <= 64 else architecture[:64] + "…"
         known = ", ".join(sorted(self.contracts))
-        near = difflib.get_close_matches(architecture, self.contracts, 3)
-        found = (
-            f"unknown architecture {architecture!r}" if architecture else "general.architecture is missing"
-        )
+        near = difflib.get_close_matches(shown, self.contracts, 3)
+        found = f"unknown architecture {shown!r}" if architecture else "general.architecture is missing"
         raise UnknownArchitectureError(
-            f"{model.path}: {found}; nearest are {', '.join(near) or 'none'}, known are {known}. "
-            "A contract adds one: give it with --contract FILE.toml, or install a plugin that has it"
+            f"{model.path}: {found}; nearest are {', '.join(near) or 'none'}, known are {known}. A contract adds one: "
+            f"give it with --contract FILE.toml, or install a plugin that has it{self.manager.absent()}"
         )
 
     def findings(self, model: ModelFile, contract: Contract) -> list[Finding]:
         """What plugins say about a model, with the plugin's name in each finding."""
-        return [
-            evolve(finding, plugin=plugin)
-            for plugin, findings in self.manager.call("mortice_validate", model=model, contract=contract)
-            for finding in findings or ()
-        ]
+        given = self.manager.gather("mortice_validate", conformance.finding_faults, model=model, contract=contract)
+        return [evolve(finding, plugin=plugin) for plugin, finding in given]
 
     def kernels(self, executor: Executor, device: DeviceInfo) -> list[Kernel]:
-        """The executor's kernels and those of plugins; a preferred plugin's come first."""
-        qtypes = [provided.value for provided in self.qtypes.values()]
-        own = list(executor.kernels(device, qtypes))
+        """The executor's kernels and those of plugins; a preferred plugin's come first.
+
+        Raises:
+            PluginError: when two plugins give kernels for an operator and a weight type that the executor does not
+                serve itself, and `prefer` does not decide.
+
+        """
+        with self.naming(executor, "kernels"):
+            own = list(executor.kernels(device, [provided.value for provided in self.qtypes.values()]))
+        own = [evolve(kernel, plugin=self.provider(executor)) for kernel in own]
         served = {(kernel.operator, kernel.qtype) for kernel in own}
-        preferred, added = [], []
-        for plugin, kernels in self.manager.call("mortice_kernels", device=device):
-            for kernel in kernels or ():
-                kernel = evolve(kernel, plugin=plugin)
-                if self.prefer.get(f"kernel:{kernel.operator}:{kernel.qtype}") == plugin:
-                    preferred.append(kernel)
-                elif (kernel.operator, kernel.qtype) not in served:
-                    added.append(kernel)
+        offered: dict[tuple[str, str], dict[str, list[Kernel]]] = {}
+        for plugin, kernel in self.manager.gather("mortice_kernels", conformance.kernel_faults, device=device):
+            by_plugin = offered.setdefault((kernel.operator, kernel.qtype), {})
+            by_plugin.setdefault(plugin, []).append(evolve(kernel, plugin=plugin))
+        preferred: list[Kernel] = []
+        added: list[Kernel] = []
+        for pair, by_plugin in offered.items():
+            key = f"kernel:{pair[0]}:{pair[1]}"
+            choice = self.prefer.get(key)
+            if choice in by_plugin:
+                preferred += by_plugin[choice]
+            elif pair not in served:
+                if len(by_plugin) > 1:
+                    raise PluginError(_conflict(self.manager, key, list(by_plugin)))
+                added += next(iter(by_plugin.values()))
         return preferred + own + added
 
     def executor(self, name: str) -> Executor:
         """An executor by name; ConfigError names those there are."""
-        return _pick(self.executors, name, "executor.name").value
+        return self._pick(self.executors, name, "executor.name")
 
     def upload(self, name: str) -> UploadStrategy:
         """An upload strategy by name; ConfigError names those there are."""
-        return _pick(self.uploads, name, "upload.strategy").value
+        return self._pick(self.uploads, name, "upload.strategy")
+
+    def _pick(self, table: Mapping[str, Provided[T]], name: str, key: str) -> T:
+        if name not in table:
+            have = ", ".join(sorted(table)) or "none"
+            raise ConfigError(f"{key}: unknown {name!r}; have {have}{self.manager.absent()}")
+        return table[name].value
+
+    def provider(self, thing: Executor | UploadStrategy) -> str:
+        """The plugin that gave an executor or an upload strategy."""
+        tables: tuple[Mapping[str, Provided[Any]], ...] = (self.executors, self.uploads)
+        for provided in (given for table in tables for given in table.values()):
+            if provided.value is thing:
+                return provided.plugin
+        raise KeyError(f"{thing!r} is not of this registry")
+
+    def naming(self, thing: Executor | UploadStrategy, doing: str) -> AbstractContextManager[None]:
+        """Make whatever goes wrong inside name the plugin that gave `thing`."""
+        return self.manager.naming(self.provider(thing), doing)
 
     def emit(self, event: Event) -> None:
-        """Tell observers; an observer that fails is an error that names it."""
+        """Tell observers; a plugin that fails is an error that names it."""
         for observer in self.observers:
             observer(event)
         for _ in self.manager.call("mortice_on_event", event=event):
             pass
+
+    def emitter(self, thing: Executor | UploadStrategy) -> Emit:
+        """What `thing` is given to tell observers something: `emit` with its plugin's name in each event."""
+        plugin = self.provider(thing)
+        return lambda event: self.emit(evolve(event, plugin=plugin))
+
+
+@frozen
+class _Kind:
+    """A kind of thing that the registry keeps by key."""
+
+    name: str
+    hook: str
+    faults: Callable[[object], Iterator[str]]
+    keys: Callable[[Any], Iterable[str]]
+
+
+_CONTRACT = _Kind("contract", "mortice_arch_contracts", conformance.contract_faults, lambda value: value.architectures)
+_QTYPE = _Kind("qtype", "mortice_qtypes", conformance.qtype_faults, lambda value: (value.qtype.name,))
+_UPLOAD = _Kind("upload", "mortice_upload_strategies", conformance.upload_faults, lambda value: (value.name,))
+_EXECUTOR = _Kind("executor", "mortice_executors", conformance.executor_faults, lambda value: (value.name,))
+_KINDS = (_CONTRACT, _QTYPE, _UPLOAD, _EXECUTOR)
 
 
 def make_registry(
@@ -147,73 +229,94 @@ def make_registry(
 
     Args:
         policy: which plugins may take part.
-        prefer: ``{"qtype:Q4_K": "plugin name"}`` decides a conflict; kinds are contract, qtype, upload, executor, kernel.
+        prefer: ``{"qtype:Q4_K": "plugin name"}`` decides a conflict; the keys are ``contract:ARCHITECTURE``,
+            ``qtype:NAME``, ``upload:NAME``, ``executor:NAME``, ``loader:SUFFIX`` (``none`` for a path without one) and
+            ``kernel:OPERATOR:QTYPE``.
         given: further plugins as (name, object).
 
     Raises:
-        PluginError: for a conflict that `prefer` does not decide, naming both plugins.
+        ConfigError: for a preference that cannot be met.
+        PluginError: for a plugin that is broken and wanted, or gives what it should not, and for a conflict that
+            `prefer` does not decide, naming both plugins and their distributions.
 
     """
     manager = PluginManager.create(policy, tuple(given))
     chosen = dict(prefer or {})
     _check_preferences(chosen, manager)
-
-    def collect(kind: str, hook: str, keys: Callable[[Any], Iterable[str]]) -> dict[str, Provided[Any]]:
-        return _collect(manager, kind, hook, keys, chosen)
-
-    qtypes = collect("qtype", "mortice_qtypes", lambda value: (value.qtype.name,))
+    qtypes = {name: _checked(manager, provided) for name, provided in _collect(manager, _QTYPE, chosen).items()}
     return Registry(
         manager=manager,
-        contracts=collect("contract", "mortice_arch_contracts", lambda value: value.architectures),
+        contracts=_collect(manager, _CONTRACT, chosen),
         qtypes=qtypes,
-        uploads=collect("upload", "mortice_upload_strategies", lambda value: (value.name,)),
-        executors=collect("executor", "mortice_executors", lambda value: (value.name,)),
-        qtype_table=qtype_table(provided.value.qtype for provided in qtypes.values()),
+        uploads=_collect(manager, _UPLOAD, chosen),
+        executors=_collect(manager, _EXECUTOR, chosen),
+        qtype_table=_ids(manager, qtypes),
         prefer=chosen,
     )
 
 
 def _check_preferences(prefer: Mapping[str, str], manager: PluginManager) -> None:
-    kinds = ("contract", "qtype", "upload", "executor", "kernel")
+    hooks = {kind.name: kind.hook for kind in _KINDS} | {"loader": "mortice_open_model", "kernel": "mortice_kernels"}
     for key, plugin in prefer.items():
-        kind, colon, _ = key.partition(":")
-        if kind not in kinds or not colon:
-            raise ConfigError(f"plugins.prefer: {key!r}: wanted KIND:KEY with KIND one of {', '.join(kinds)}")
-        if plugin not in manager.records:
-            raise ConfigError(
-                f"plugins.prefer: {key!r}: no plugin {plugin!r}; have {', '.join(sorted(manager.records))}"
-            )
+        kind, _, rest = key.partition(":")
+        if kind not in hooks or not rest or (kind == "kernel" and rest.count(":") != 1):
+            forms = ", ".join(f"{name}:{'OPERATOR:QTYPE' if name == 'kernel' else 'KEY'}" for name in hooks)
+            raise ConfigError(f"plugins.prefer: {key!r}: wanted one of {forms}")
+        record = manager.records.get(plugin)
+        if record is None:
+            have = ", ".join(sorted(manager.records))
+            raise ConfigError(f"plugins.prefer: {key!r}: no plugin {plugin!r}; have {have}")
+        if record.status != "active":
+            raise PluginError(f"plugins.prefer: {key!r}: {record.origin} is {record.status}: {record.error}")
+        if not manager.has(plugin, hooks[kind]):
+            raise ConfigError(f"plugins.prefer: {key!r}: {record.origin} has no {hooks[kind]}")
 
 
-def _collect(
-    manager: PluginManager,
-    kind: str,
-    hook: str,
-    keys: Callable[[Any], Iterable[str]],
-    prefer: Mapping[str, str],
-) -> dict[str, Provided[Any]]:
+def _collect(manager: PluginManager, kind: _Kind, prefer: Mapping[str, str]) -> dict[str, Provided[Any]]:
+    """What plugins give of a kind, by key; every plugin is heard before a conflict is decided."""
+    given: dict[str, dict[str, Any]] = {}
+    for plugin, value in manager.gather(kind.hook, kind.faults):
+        for key in kind.keys(value):
+            by_plugin = given.setdefault(key, {})
+            if plugin in by_plugin:
+                raise PluginError(f"{manager.origin(plugin)}: {kind.hook}: gives {kind.name} {key!r} twice")
+            by_plugin[plugin] = value
+    for key, choice in prefer.items():
+        name, _, wanted = key.partition(":")
+        if name == kind.name and choice not in given.get(wanted, {}):
+            have = " and ".join(map(manager.origin, given.get(wanted, {}))) or "no plugin"
+            raise ConfigError(f"plugins.prefer: {key!r}: {manager.origin(choice)} does not give it, {have} does")
     found: dict[str, Provided[Any]] = {}
-    for plugin, values in manager.call(hook):
-        for value in values or ():
-            for key in keys(value):
-                other = found.get(key)
-                choice = prefer.get(f"{kind}:{key}")
-                if other is not None and choice not in (plugin, other.plugin):
-                    raise PluginError(
-                        f"{kind} {key!r} is given by {_origin(manager, other.plugin)} and by {_origin(manager, plugin)}; "
-                        f'choose one: [plugins.prefer] "{kind}:{key}" = "{plugin}"'
-                    )
-                if other is None or choice == plugin:
-                    found[key] = Provided(value, plugin)
+    for key, by_plugin in given.items():
+        full = f"{kind.name}:{key}"
+        if len(by_plugin) > 1 and full not in prefer:
+            raise PluginError(_conflict(manager, full, list(by_plugin)))
+        plugin = prefer.get(full) or next(iter(by_plugin))
+        found[key] = Provided(by_plugin[plugin], plugin)
     return found
 
 
-def _origin(manager: PluginManager, plugin: str) -> str:
-    distribution = manager.records[plugin].distribution
-    return f"plugin {plugin} ({distribution})" if distribution else f"plugin {plugin}"
+def _conflict(manager: PluginManager, key: str, plugins: list[str]) -> str:
+    origins = " and by ".join(map(manager.origin, plugins))
+    choices = " or ".join(f'"{plugin}"' for plugin in plugins)
+    return f'{key} is given by {origins}; choose one in the config: [plugins.prefer] "{key}" = {choices}'
 
 
-def _pick(table: Mapping[str, Provided[T]], name: str, key: str) -> Provided[T]:
-    if name not in table:
-        raise ConfigError(f"{key}: unknown {name!r}; have {', '.join(sorted(table))}")
-    return table[name]
+def _checked(manager: PluginManager, provided: Provided[QuantizationType]) -> Provided[QuantizationType]:
+    value = provided.value
+    checked = conformance.CheckedDequantize(manager.origin(provided.plugin), value.qtype, value.dequantize)
+    return Provided(evolve(value, dequantize=checked), provided.plugin)
+
+
+def _ids(manager: PluginManager, qtypes: Mapping[str, Provided[QuantizationType]]) -> Mapping[int, QType]:
+    """The table of tensor types; two plugins may not use one id for two types."""
+    by_id: dict[int, Provided[QuantizationType]] = {}
+    for provided in qtypes.values():
+        qtype = provided.value.qtype
+        other = by_id.setdefault(qtype.id, provided)
+        if other is not provided:
+            first, second = (f"{manager.origin(it.plugin)} for {it.value.qtype.name}" for it in (other, provided))
+            raise PluginError(
+                f"tensor type id {qtype.id} is used by {first} and by {second}; block one in plugins.block"
+            )
+    return qtype_table(provided.value.qtype for provided in qtypes.values())

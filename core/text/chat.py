@@ -165,6 +165,8 @@ def _check(messages: Sequence[Message]) -> None:
     for i, message in enumerate(messages):
         if message.role not in ROLES:
             raise TemplateError(f"messages[{i}].role: {message.role!r}, wanted one of {', '.join(ROLES)}")
+        if not isinstance(message.content, str):
+            raise TemplateError(f"messages[{i}].content: {type(message.content).__name__} found, wanted a string")
 
 
 def _shield(messages: Sequence[Message], control: frozenset[str], source: str) -> tuple[list[Message], dict[int, str]]:

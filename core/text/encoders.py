@@ -21,6 +21,10 @@ SPACE = "▁"
 """SentencePiece's visible space, U+2581."""
 
 
+# Every way to cut every token in two is looked at: this bounds the time (the 256,000 tokens of Gemma have 2 million).
+_MAX_SPM_CHARS = 8_000_000
+
+
 def _byte_alphabet() -> dict[str, int]:
     """GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes for U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -134,10 +138,14 @@ def _show_spaces(text: str) -> str:
 def _spm(vocabulary: Vocabulary) -> Encoder:
     """SentencePiece BPE: of all neighbours that together are a token, join those with the best score first.
 
-    Every way to cut a token in two becomes a merge, ranked by the token's score; that makes it ordinary BPE.
+    Every way to cut a token in two becomes a merge, ranked by the token's score; that makes it ordinary BPE. Between
+    different tokens of equal score the lower id goes first, where SentencePiece would take what stands leftmost.
     """
     from tokenizers import Tokenizer, models
 
+    total = sum(map(len, vocabulary.tokens))
+    if total > _MAX_SPM_CHARS:
+        raise TokenizerError(f"{PREFIX}tokens: {total} characters in all, wanted at most {_MAX_SPM_CHARS}")
     size = len(vocabulary.tokens)
     ids = {text: token for text, token in _matchable(vocabulary).items() if vocabulary.types[token] != TokenType.BYTE}
     # Characters that only occur inside longer tokens take part in merges; left over, they become bytes.

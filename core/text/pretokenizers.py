@@ -1,8 +1,8 @@
 """The pre-tokenizers that `tokenizer.ggml.pre` may name: how text is cut into words before merging.
 
 Names, grouping and flags are those of llama.cpp (src/llama-vocab.cpp). Where llama.cpp documents its expression
-as an approximation of the one the model was trained with (the families of tekken, gpt-4o, tiny_aya and kimi-k2),
-the model's own is used: letters beyond ASCII are then cut as in training.
+as an approximation of the one the model was trained with, or runs it on coarser classes of characters (the families
+of tekken, gpt-4o, youtu, tiny_aya, afmoe and kimi-k2), the model's own is used: text is then cut as in training.
 
 Expressions are in Oniguruma syntax. They are applied one after the other, each to the pieces that the one before
 left; what an expression matches and what lies between two matches both become pieces.
@@ -71,7 +71,8 @@ _KIMI = r"[\p{Han}]+|" + _cased(
     lower=_LOWER[:-1] + r"&&[^\p{Han}]]",
     tail=r"[\r\n]*",
 )
-_DIGITS_FROM_THE_RIGHT = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
+# Groups of three counted from the right. Only the first group looks ahead, so a long number takes linear time.
+_DIGITS_FROM_THE_RIGHT = r"(?<!\p{N})\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))|(?<=\p{N})\p{N}{3}"
 
 # The cased letters that DeepSeek-LLM's expression lists, range by range.
 _DEEPSEEK_LETTERS = (

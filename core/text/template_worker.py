@@ -95,6 +95,8 @@ def _answer(work: Callable[[], str], cpu_seconds: float) -> dict[str, str]:
 
 
 def _main() -> None:
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # whatever the parent made of it, here it ends the process
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes our input
     setup = json.loads(sys.stdin.readline() or "null")
     if setup is None:

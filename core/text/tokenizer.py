@@ -120,17 +120,17 @@ class Tokenizer:
         Bytes for which a byte-level vocabulary has no token are dropped, as they were in the model's training.
 
         """
-        ids = [self.vocabulary.bos_id] if add_special and self.vocabulary.add_bos else []
         try:
-            for part in self._partition(text, self._matchers[parse_special]):
-                if isinstance(part, int):
-                    ids.append(part)
-                else:
-                    ids += self._encoder.encode(part if literals is None else part.translate(literals))
+            text.encode()
         except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"text: character {error.start} is the lone surrogate U+{ord(error.object[error.start]):04X}"
-            ) from None
+            found = ord(text[error.start])
+            raise TokenizerError(f"text: character {error.start} is the lone surrogate U+{found:04X}") from None
+        ids = [self.vocabulary.bos_id] if add_special and self.vocabulary.add_bos else []
+        for part in self._partition(text, self._matchers[parse_special]):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids += self._encoder.encode(part if literals is None else part.translate(literals))
         if add_special and self.vocabulary.add_eos:
             ids.append(self.vocabulary.eos_id)
         return [token for token in ids if token is not None]

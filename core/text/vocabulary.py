@@ -18,9 +18,12 @@ from mortice.core.errors import TokenizerError
 from mortice.core.model.types import MetadataValue
 from mortice.core.text.pretokenizers import PreTokenizer, pre_tokenizer
 
-__all__ = ["PREFIX", "TokenType", "Vocabulary"]
+__all__ = ["MAX_TOKEN_CHARS", "PREFIX", "TokenType", "Vocabulary"]
 
 PREFIX = "tokenizer.ggml."
+
+MAX_TOKEN_CHARS = 1 << 12
+"""Longest token accepted; the longest of real vocabularies, runs of one character, have some hundreds."""
 
 # Texts that end a turn or a text in the model families that exist; llama.cpp keeps the same list.
 _END_OF_TURN = (
@@ -236,6 +239,12 @@ def _pre_tokenizer(reader: _Reader) -> PreTokenizer:
 
 
 def _index(tokens: Sequence[str]) -> dict[str, int]:
+    longest = max(range(len(tokens)), key=lambda token: len(tokens[token]))
+    if len(tokens[longest]) > MAX_TOKEN_CHARS:
+        found = len(tokens[longest])
+        raise TokenizerError(
+            f"{PREFIX}tokens: token {longest} has {found} characters, wanted at most {MAX_TOKEN_CHARS}"
+        )
     ids = dict(zip(tokens, range(len(tokens)), strict=True))
     ids.pop("", None)
     if len(ids) + tokens.count("") != len(tokens):

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from attrs import define
 
+from mortice.core.errors import PluginError
 from mortice.core.model.residency import ResidentWeights
 from mortice.core.plugin.events import UploadProgress
 from mortice.core.plugin.hookspecs import hookimpl
@@ -31,7 +32,10 @@ class HostUpload:
         def store(index: int) -> int:
             planned = resident.plan.weights[index]
             out = view[planned.offset : planned.offset + planned.nbytes]
-            planned.layout.store(planned.source(), planned.columns, out)
+            try:
+                planned.layout.store(planned.source(), planned.columns, out)
+            except PluginError as error:
+                raise PluginError(f"{planned.tensor.name}: {error}") from error
             return index
 
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:

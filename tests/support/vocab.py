@@ -176,7 +176,7 @@ the of and hello Hello world's don't I'LL we're Python def return self. import n
 0xDEADBEEF 日本語 漢字かな交じり文 한국어 नमस्ते दुनिया العربية مرحبا Привет мир ÄÖÜ straße naïve ½ ² ① ไทย မြန်မာ ខ្មែរ
 עברית 🦙 👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪 ǅ ʼn ſ ﷺ 's ’s 'S ... ?! -> := {} [] () \\n http://example.com/a?b=c&d=e
 <s> <unk> <|im_start|> <|im_end|> <|endoftext|> <0x0A>
-""".split()
+""".split()  # noqa: SIM905 - a list literal of these would be unreadable
 _WORDS += ["\u200b", "\ufeff", "\x00", "\x04", "\x7f", "\U00040000", "\U00100000", "e\u0301", "\u0300"]
 _SPACES = [" ", "  ", "   ", "\n", "\n\n", "\t", " \n", "\r\n", "\u00a0", "\u3000", "\u2028", "", "\x0b", " " * 33]
 

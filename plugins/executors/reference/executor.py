@@ -12,13 +12,14 @@ from attrs import define, field
 from numpy.typing import NDArray
 
 from mortice.core.errors import DoesNotFitError
-from mortice.core.model.operators import OPERATOR_KINDS
+from mortice.core.model.operators import OPERATOR_KINDS, Attention, Buffer, SelectRows
 from mortice.core.model.program import Program
 from mortice.core.model.residency import BoundModel
 from mortice.core.model.types import DeviceInfo
-from mortice.core.model.weight_plan import Kernel
+from mortice.core.model.weight_plan import ALIGNMENT, Kernel
 from mortice.core.plugin.interfaces import Emit, QuantizationType, RuntimeSettings
 from mortice.plugins.executors.reference.layouts import ExpandedLayout, FileLayout
+from mortice.plugins.executors.reference.ops import SCORE_ELEMENTS
 from mortice.plugins.executors.reference.runtime import ReferenceRuntime
 
 __all__ = ["HostArena", "ReferenceExecutor"]
@@ -37,9 +38,11 @@ class HostArena:
 
     def __attrs_post_init__(self) -> None:
         try:
-            self._data = np.zeros(self.nbytes, np.uint8)
+            pages = np.zeros(self.nbytes + ALIGNMENT, np.uint8)
         except MemoryError:
             raise DoesNotFitError(f"cpu: {self.nbytes} bytes for weights could not be allocated") from None
+        start = -pages.ctypes.data % ALIGNMENT
+        self._data = pages[start : start + self.nbytes]
 
     @property
     def address(self) -> int:
@@ -49,6 +52,9 @@ class HostArena:
     def host_view(self) -> NDArray[np.uint8]:
         assert self._data is not None, "the arena was closed"
         return self._data
+
+    def write(self, offset: int, data: NDArray[np.uint8]) -> None:
+        self.host_view()[offset : offset + len(data)] = data
 
     def close(self) -> None:
         self._data = None
@@ -65,7 +71,11 @@ class ReferenceExecutor:
         name = f"CPU ({os.cpu_count()} cores, {platform.machine()})"
         return DeviceInfo(kind="cpu", name=name, total_bytes=total, free_bytes=free)
 
-    def kernels(self, device: DeviceInfo, qtypes: Sequence[QuantizationType]) -> Sequence[Kernel]:
+    def kernels(
+        self,
+        device: DeviceInfo,  # noqa: ARG002 (as `Executor` has it; every CPU is served alike)
+        qtypes: Sequence[QuantizationType],
+    ) -> Sequence[Kernel]:
         layouts = [layout for type_ in qtypes for layout in (ExpandedLayout(type_), FileLayout(type_))]
         return [
             Kernel(operator=operator, qtype=layout.type.qtype.name, layout=layout)
@@ -87,13 +97,16 @@ class ReferenceExecutor:
         return 4 * settings.context_length * sum(shape.elements for shape in program.kv)
 
     def workspace_bytes(self, program: Program, settings: RuntimeSettings) -> int:
-        # The widest moment of a step: the logits of every token asked for one at a time, attention's block of scores,
-        # and the few buffers alive together, of which gate, up and their product are the widest.
-        widest = max(buffer.width for operator in program.operators for buffer in operator.outputs)
-        body = max(
-            buffer.width for operator in program.operators for buffer in operator.outputs if operator.layer is not None
-        )
-        return 4 * (widest + settings.step_tokens * 6 * body) + 3 * (16 << 20)
+        """What one step of ``step_tokens`` tokens with one row of logits holds at its widest moment.
+
+        Asking for the logits of every token takes four bytes more for each of them and each vocabulary entry.
+        """
+        rows = min(settings.step_tokens, settings.context_length)
+        attentions = [operator for operator in program.operators if isinstance(operator, Attention)]
+        heads = max(attention.num_heads for attention in attentions)
+        scores = 4 * min(SCORE_ELEMENTS, heads * rows * settings.context_length)
+        # scores, their mask and what the soft cap copies; a piece of a weight read from the file, expanded
+        return _widest_moment(program, rows) + 2 * scores + scores // 4 + FileLayout.PASSING_BYTES
 
     def allocate(self, nbytes: int) -> HostArena:
         return HostArena(nbytes)
@@ -103,6 +116,22 @@ class ReferenceExecutor:
 
     def open(self, model: BoundModel, settings: RuntimeSettings, emit: Emit) -> ReferenceRuntime:
         return ReferenceRuntime(model, settings, emit)
+
+
+def _widest_moment(program: Program, rows: int) -> int:
+    """Bytes of the buffers alive together, and of one operator's intermediates, where these are most."""
+    last_uses = program.last_uses()
+    alive: dict[Buffer, int] = {}
+    most = 0
+    for place, operator in enumerate(program.operators):
+        if isinstance(operator, SelectRows):
+            rows = 1
+        alive.update((buffer, 4 * rows * buffer.width) for buffer in operator.outputs)
+        # no operator makes more than two arrays as wide as its widest output besides it (LayerNorm, GELU in float64)
+        passing = 2 * 4 * rows * max((buffer.width for buffer in operator.outputs), default=0)
+        most = max(most, sum(alive.values()) + passing)
+        alive = {buffer: count for buffer, count in alive.items() if last_uses[buffer] > place}
+    return most
 
 
 def _memory() -> tuple[int, int]:

@@ -17,9 +17,10 @@ from mortice.core.model.rope import rope_frequencies
 from mortice.core.model.weight_plan import PlannedWeight
 from mortice.core.plugin.events import StepDone
 from mortice.core.plugin.interfaces import Emit, RuntimeSettings, StepPart, TokenSequence
+from mortice.core.text.params import GenerationParams, SamplingParams
 from mortice.plugins.executors.reference import ops
 from mortice.plugins.executors.reference.kv_cache import ReferenceSequence
-from mortice.plugins.executors.reference.layouts import FileLayout
+from mortice.plugins.executors.reference.layouts import FileLayout, expand
 
 __all__ = ["ReferenceRuntime"]
 
@@ -38,7 +39,7 @@ class _Weight:
         if self.expanded is not None:
             return cast(Array, self.expanded[index])
         layout = cast(FileLayout, self.planned.layout)
-        return layout.type.dequantize(np.ascontiguousarray(self.planned.source()[index]))
+        return expand(layout.type, self.planned.source()[index], self.planned.columns)
 
     def vector(self) -> Array:
         """All elements in one dimension, for weights that are vectors."""
@@ -48,9 +49,11 @@ class _Weight:
         """``x @ weight.T``."""
         if self.expanded is not None:
             return ops.linear(x, self.expanded)
-        piece = max(1, (1 << 24) // self.planned.columns)  # 64 MiB of float32 at a time
-        starts = range(0, self.planned.rows, piece)
-        return np.concatenate([ops.linear(x, self.rows(slice(start, start + piece))) for start in starts], axis=1)
+        out = np.empty((len(x), self.planned.rows), np.float32)
+        piece = cast(FileLayout, self.planned.layout).piece(self.planned.columns)
+        for start in range(0, self.planned.rows, piece):
+            out[:, start : start + piece] = ops.linear(x, self.rows(slice(start, start + piece)))
+        return out
 
 
 @define(eq=False)
@@ -67,6 +70,17 @@ class _Step:
 Run = Callable[[_Step, list[Array]], tuple[Array, ...]]
 
 
+@frozen(eq=False)
+class _Bound:
+    """An operator ready to run; `ends` are the values no later one needs."""
+
+    name: str
+    run: Run
+    inputs: list[int]
+    outputs: list[int]
+    ends: list[int]
+
+
 @define(eq=False)
 class ReferenceRuntime:
     """A program on the CPU, in float32."""
@@ -74,30 +88,28 @@ class ReferenceRuntime:
     model: BoundModel
     settings: RuntimeSettings
     emit: Emit
-    _plan: list[tuple[str, Run, list[int], list[int], list[int]]] = field(init=False, repr=False)
-    _buffers: int = field(init=False)
+    _plan: list[_Bound] = field(init=False, repr=False)
     _logits: int = field(init=False)
+    _closed: bool = field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
         program = self.model.plan.program
         weights = _bind_weights(self.model)
+        last_uses = program.last_uses()
         numbers: dict[op.Buffer, int] = {}
-        last_use: dict[int, int] = {}
-        steps = []
+        self._plan = []
         for place, bound in enumerate(self.model.operators):
-            inputs = [numbers[buffer] for buffer in bound.operator.inputs]
-            outputs = [numbers.setdefault(buffer, len(numbers)) for buffer in bound.operator.outputs]
-            for number in (*inputs, *outputs):
-                last_use[number] = place
-            run = _lower(bound.operator, [weights[index] for index in bound.weights])
-            steps.append((bound.operator.name, run, inputs, outputs))
+            operator = bound.operator
+            outputs = [numbers.setdefault(buffer, len(numbers)) for buffer in operator.outputs]
+            inputs = [numbers[buffer] for buffer in operator.inputs]
+            ends = [
+                numbers[buffer]
+                for buffer in (*operator.inputs, *operator.outputs)
+                if last_uses[buffer] == place and buffer != program.logits
+            ]
+            run = _lower(operator, [weights[index] for index in bound.weights])
+            self._plan.append(_Bound(operator.name, run, inputs, outputs, ends))
         self._logits = numbers[program.logits]
-        del last_use[self._logits]
-        dead: list[list[int]] = [[] for _ in steps]
-        for number, place in last_use.items():
-            dead[place].append(number)
-        self._plan = [(*step, gone) for step, gone in zip(steps, dead, strict=True)]
-        self._buffers = len(numbers)
 
     def new_sequence(self) -> ReferenceSequence:
         return ReferenceSequence(self.model.plan.program.kv, self.settings.context_length)
@@ -105,55 +117,76 @@ class ReferenceRuntime:
     def step(self, parts: Sequence[StepPart]) -> Array:
         started = time.perf_counter()
         step = self._prepare(parts)
-        values: list[Array | None] = [None] * self._buffers
-        for name, run, inputs, outputs, dead in self._plan:
-            try:
-                results = run(step, [cast(Array, values[number]) for number in inputs])
-            except (FloatingPointError, ValueError, MemoryError) as error:
-                raise ExecutionError(f"{name}: {error}") from error
-            for number, value in zip(outputs, results, strict=True):
-                values[number] = value
-            for number in dead:
-                values[number] = None
+        # what overflows shows in the logits, and is reported there
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            logits = self._run(step)
+        if not np.isfinite(logits).all():
+            raise ExecutionError("the logits hold NaN or infinity: the weights are broken, or float32 overflowed")
         for sequence, first, last in step.parts:
             sequence.advance(last - first)
         self.emit(StepDone(tokens=len(step.token_ids), seconds=time.perf_counter() - started))
-        return cast(Array, values[self._logits])
+        return logits
+
+    def _run(self, step: _Step) -> Array:
+        values: dict[int, Array] = {}
+        for bound in self._plan:
+            try:
+                results = bound.run(step, [values[number] for number in bound.inputs])
+            except (FloatingPointError, ValueError, MemoryError) as error:
+                raise ExecutionError(f"{bound.name}: {error}") from error
+            values.update(zip(bound.outputs, results, strict=True))
+            for number in bound.ends:
+                values.pop(number, None)
+        return values[self._logits]
+
+    def device_chooser(self, sequence: TokenSequence, sampling: SamplingParams, generation: GenerationParams) -> None:
+        """None: the host is the device, so it samples."""
 
     def _prepare(self, parts: Sequence[StepPart]) -> _Step:
         """Check everything before any work, so that a refused step leaves all sequences as they were."""
-        program = self.model.plan.program
+        if self._closed:
+            raise InputError("the runtime is closed")
+        if not parts:
+            raise InputError("a step has at least one part")
         placed: list[tuple[ReferenceSequence, int, int]] = []
-        positions, selected = [], []
+        token_ids, positions, selected = [], [], []
         row = 0
         for part in parts:
-            sequence = _own(part.sequence)
+            sequence = self._own(part.sequence)
             count = len(part.token_ids)
             if any(sequence is other for other, _, _ in placed):
                 raise InputError("a sequence can stand in a step only once")
-            if sequence.length + count > self.settings.context_length:
+            if sequence.length + count > sequence.context_length:
                 raise InputError(
-                    f"{sequence.length} + {count} tokens do not fit the context of {self.settings.context_length}"
+                    f"{sequence.length} + {count} tokens do not fit the context of {sequence.context_length}"
                 )
+            token_ids.append(_checked_ids(part.token_ids, self.model.plan.program.vocab_size))
             positions.append(np.arange(sequence.length, sequence.length + count))
             first = {"all": row, "last": row + count - 1, "none": row + count}[part.logits]
             selected.append(np.arange(first, row + count))
             placed.append((sequence, row, row + count))
             row += count
-        token_ids = np.concatenate([np.asarray(part.token_ids, np.int64) for part in parts])
-        wrong = token_ids[(token_ids < 0) | (token_ids >= program.vocab_size)]
-        if len(wrong):
-            raise InputError(f"token id {wrong[0]} is outside the vocabulary of {program.vocab_size}")
-        return _Step(token_ids, np.concatenate(positions), np.concatenate(selected), placed)
+        return _Step(np.concatenate(token_ids), np.concatenate(positions), np.concatenate(selected), placed)
+
+    def _own(self, sequence: TokenSequence) -> ReferenceSequence:
+        if not isinstance(sequence, ReferenceSequence) or sequence.shapes is not self.model.plan.program.kv:
+            raise InputError("the sequence is not one of this runtime's")
+        return sequence
 
     def close(self) -> None:
+        self._closed = True
+        self._plan = []  # lets go of the weights, which are views of the arena
         self.model.resident.close()
 
 
-def _own(sequence: TokenSequence) -> ReferenceSequence:
-    if not isinstance(sequence, ReferenceSequence):
-        raise InputError(f"a sequence of the reference executor is needed, not {type(sequence).__name__}")
-    return sequence
+def _checked_ids(token_ids: Sequence[int], vocab_size: int) -> NDArray[np.int64]:
+    ids = np.asarray(token_ids)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise InputError(f"token ids are whole numbers, found {token_ids!r:.80}")
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(wrong):
+        raise InputError(f"token id {wrong[0]} is outside the vocabulary of {vocab_size}")
+    return ids.astype(np.int64)
 
 
 def _bind_weights(model: BoundModel) -> list[_Weight]:
@@ -169,7 +202,7 @@ def _bind_weights(model: BoundModel) -> list[_Weight]:
     return weights
 
 
-def _lower(operator: op.Operator, weights: list[_Weight]) -> Run:  # noqa: C901, PLR0911, PLR0912 (one case an operator)
+def _lower(operator: op.Operator, weights: list[_Weight]) -> Run:  # noqa: C901 (one case an operator)
     """The function that runs an operator, its constants and weights bound."""
     match operator:
         case op.Embed():

@@ -1,13 +1,12 @@
 // F16: half-precision floats as they are.
-// Planes of a tile: elements 0-7 of each 32 | 8-15 | 16-23 | 24-31.
+// Planes of a tile: elements 0-7 of each chunk | 8-15 | 16-23 | 24-31, 16 bytes each.
 #pragma once
 
-#include "activations.cuh"
+#include "unpack.cuh"
 
 struct F16 {
-    static constexpr int kBlock = 32;
-    static constexpr bool kIntegerDot = false;  // products are taken with float32 activations
-    static constexpr int bytes(int elements) { return elements * 2; }
+    static constexpr int kBlock = 32, kBlockBytes = 64;  // the file has no blocks; a chunk is as good
+    static constexpr bool kIntegerDot = false;           // products are taken with float32 activations
 
     struct Weight32 {
         uint4 part[4];
@@ -15,16 +14,24 @@ struct F16 {
 
     template <class Memory, int kElements>
     static __device__ __forceinline__ Weight32 load(const uint8* tile, int chunk) {
-        constexpr int kChunks = kElements / 32;
         Weight32 w;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) w.part[i] = Memory::u128(tile + 16 * (i * kChunks + chunk));
+        for (int i = 0; i < 4; ++i) w.part[i] = Memory::u128(tile + 16 * (i * (kElements / 32) + chunk));
         return w;
     }
 
     static __device__ __forceinline__ float4 dequantise4(const Weight32& w, int group) {
-        const uint4 part = w.part[group / 2];
-        const float2 a = half2_bits(group % 2 ? part.z : part.x), b = half2_bits(group % 2 ? part.w : part.y);
+        const uint4& part = w.part[group / 2];
+        const uint32 first = group % 2 ? part.z : part.x, second = group % 2 ? part.w : part.y;
+        const float2 a = half2_bits(first), b = half2_bits(second);
         return make_float4(a.x, a.y, b.x, b.y);
+    }
+
+    template <int kElements>
+    static __device__ __forceinline__ void repack(const uint8* block, uint8* tile, int chunk) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            put_u128(tile + 16 * (i * (kElements / 32) + chunk), raw_words4<F16>(block + 16 * i));
+        }
     }
 };

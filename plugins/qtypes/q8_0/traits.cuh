@@ -1,41 +1,42 @@
 // Q8_0: 32 signed bytes and one half-precision scale; x = d * q.
-// Planes of a tile: elements 0-15 of each block | elements 16-31 | scales.
+// Planes of a tile: elements 0-15 of each chunk | elements 16-31 | scales, 2 bytes a chunk.
+// File block, 34 bytes: scale | bytes.
 #pragma once
 
-#include "activations.cuh"
+#include "unpack.cuh"
 
 struct Q8_0 {
-    static constexpr int kBlock = 32;
+    static constexpr int kBlock = 32, kBlockBytes = 34;
     static constexpr bool kIntegerDot = true;
-    static constexpr int bytes(int elements) { return elements / 32 * 34; }
 
     struct Weight32 {
         uint4 low, high;
-        float d;
+        uint32 d;
     };
 
     template <class Memory, int kElements>
     static __device__ __forceinline__ Weight32 load(const uint8* tile, int chunk) {
-        constexpr int kChunks = kElements / 32;
-        return {Memory::u128(tile + 16 * chunk), Memory::u128(tile + 16 * (kChunks + chunk)),
-                half_bits(Memory::u16(tile + 32 * kChunks + 2 * chunk))};
+        return {Memory::u128(tile + 16 * chunk), Memory::u128(tile + kElements / 2 + 16 * chunk),
+                Memory::u16(tile + kElements + 2 * chunk)};
+    }
+
+    // Four signed integers, one a byte.
+    static __device__ __forceinline__ uint32 integers4(const Weight32& w, int group) {
+        return word8(w.low, w.high, group);
     }
 
     static __device__ __forceinline__ float dot(const Weight32& w, const Activation32& x) {
-        int sum = dot4(w.low.x, x.low.x, 0);
-        sum = dot4(w.low.y, x.low.y, sum);
-        sum = dot4(w.low.z, x.low.z, sum);
-        sum = dot4(w.low.w, x.low.w, sum);
-        sum = dot4(w.high.x, x.high.x, sum);
-        sum = dot4(w.high.y, x.high.y, sum);
-        sum = dot4(w.high.z, x.high.z, sum);
-        sum = dot4(w.high.w, x.high.w, sum);
-        return w.d * x.scale * static_cast<float>(sum);
+        return x.scale * half_bits(w.d) * static_cast<float>(dot_all<Q8_0>(w, x));
     }
 
-    // Element 4 * group + i of the 32, for i = 0 … 3; `group` is a compile-time constant after unrolling.
     static __device__ __forceinline__ float4 dequantise4(const Weight32& w, int group) {
-        const uint32 q = word8(w.low, w.high, group);
-        return make_float4(w.d * byte_at(q, 0), w.d * byte_at(q, 1), w.d * byte_at(q, 2), w.d * byte_at(q, 3));
+        return scaled4(integers4(w, group), half_bits(w.d));
+    }
+
+    template <int kElements>
+    static __device__ __forceinline__ void repack(const uint8* block, uint8* tile, int chunk) {
+        put_u128(tile + 16 * chunk, raw_words4<Q8_0>(block + 2));
+        put_u128(tile + kElements / 2 + 16 * chunk, raw_words4<Q8_0>(block + 18));
+        put_u16(tile + kElements + 2 * chunk, *reinterpret_cast<const uint16*>(block));
     }
 };

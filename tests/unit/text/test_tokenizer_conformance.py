@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mortice.core.model.types import MetadataValue
 from mortice.core.text.pretokenizers import PRE_TOKENIZERS
 from mortice.core.text.tokenizer import Tokenizer
 from tests.support.vocab import (
@@ -63,7 +64,7 @@ def test_smollm2_tokenizes_as_llama_cpp_does(smollm2_oracle: LlamaCpp, parse_spe
         assert tokenizer.encode(text, add_special=False, parse_special=parse_special) == wanted, text
 
 
-def pair_metadata(pre: str, texts: list[str]) -> dict:
+def pair_metadata(pre: str, texts: list[str]) -> dict[str, MetadataValue]:
     """A vocabulary that merges every pair of neighbouring bytes in `texts`, so that each cut between words shows."""
     chars = ["".join(CHAR_OF_BYTE[byte] for byte in text.encode()) for text in texts]
     pairs = Counter(pair for text in chars for pair in itertools.pairwise(text))
@@ -71,14 +72,23 @@ def pair_metadata(pre: str, texts: list[str]) -> dict:
     return byte_level_metadata(merges, pre=pre, bos_token_id=0)
 
 
+# llama.cpp cuts these otherwise than the models' own expressions do: it takes upper and lower case for one class, and
+# digits together with what stands before them. test_tokenizer_pretokenizers holds them to the models' expressions.
+APPROXIMATED = {"afmoe", "tiny_aya", "kimi-k2", "gpt-4o", "granite-embed-multi-97m", "tekken", "youtu"}
 # One name of each group; tokens of raw UTF-8 need a vocabulary of another kind.
-FAMILIES = {(entry.patterns, entry.ignore_merges): name for name, entry in PRE_TOKENIZERS.items() if entry.byte_level}
+FAMILIES = {
+    (entry.patterns, entry.ignore_merges): name
+    for name, entry in sorted(PRE_TOKENIZERS.items())
+    if entry.byte_level and not any(entry.patterns == PRE_TOKENIZERS[other].patterns for other in APPROXIMATED)
+}
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("pre", sorted(FAMILIES.values()))
+@pytest.mark.parametrize("pre", FAMILIES.values())
 def test_every_pre_tokenizer_cuts_as_in_llama_cpp(pre: str, tmp_path: Path) -> None:
-    texts = [text[:200] for text in random_texts(seed=2, count=250, any_character=False)]  # llama.cpp recurses over long matches
+    texts = [text[:200] for text in random_texts(seed=2, count=250, any_character=False)]
+    if pre.startswith("deepseek"):  # llama.cpp takes wide spaces out of DeepSeek's ranges of CJK characters
+        texts = [text for text in texts if not set(text) & {"\u2028", "\u3000"}]
     metadata = pair_metadata(pre, texts)
     tokenizer = Tokenizer.from_metadata(metadata)
     with llama_cpp(write_model(tmp_path / "model.gguf", metadata)) as oracle:

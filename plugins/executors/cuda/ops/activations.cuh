@@ -29,8 +29,8 @@ struct ActivationRow {
     }
 
     // Quantises four neighbouring values held by one lane; eight neighbouring lanes hold a chunk. `lane4` is the index
-    // of the four within the row. Every lane of the eight must call.
-    __device__ __forceinline__ void store4(int lane4, float4 v) {
+    // of the four within the row. All lanes of the warp must call; those past the end say so.
+    __device__ __forceinline__ void store4(int lane4, float4 v, bool inside) {
         const float largest =
             lanes_max<8>(fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))));
         const float inverse = largest > 0.f ? 127.f / largest : 0.f;
@@ -41,6 +41,7 @@ struct ActivationRow {
         sum += __shfl_xor_sync(kFullMask, sum, 1);
         sum += __shfl_xor_sync(kFullMask, sum, 2);
         const int other = __shfl_xor_sync(kFullMask, sum, 4);
+        if (!inside) return;
         const int chunk = lane4 / 8, place = lane4 % 8;
         uint32* half = reinterpret_cast<uint32*>(place < 4 ? &low[chunk] : &high[chunk]);
         half[place % 4] = packed;
@@ -64,34 +65,4 @@ struct FloatRow {
 
 __device__ __forceinline__ int dot4(uint32 weights, uint32 activations, int sum) {
     return __dp4a(static_cast<int>(weights), static_cast<int>(activations), sum);
-}
-
-// Nibbles of 32 elements, byte i holding element i low and element i + 16 high, times activations.
-__device__ __forceinline__ int dot_nibbles(const uint4& q, const Activation32& x) {
-    constexpr uint32 kLow = 0x0f0f0f0fu;
-    int sum = dot4(q.x & kLow, x.low.x, 0);
-    sum = dot4(q.y & kLow, x.low.y, sum);
-    sum = dot4(q.z & kLow, x.low.z, sum);
-    sum = dot4(q.w & kLow, x.low.w, sum);
-    sum = dot4(q.x >> 4 & kLow, x.high.x, sum);
-    sum = dot4(q.y >> 4 & kLow, x.high.y, sum);
-    sum = dot4(q.z >> 4 & kLow, x.high.z, sum);
-    return dot4(q.w >> 4 & kLow, x.high.w, sum);
-}
-
-// Word `group` of eight: four in `low`, four in `high`.
-__device__ __forceinline__ uint32 word8(const uint4& low, const uint4& high, int group) {
-    const uint4& half = group < 4 ? low : high;
-    const int place = group % 4;
-    return place == 0 ? half.x : place == 1 ? half.y : place == 2 ? half.z : half.w;
-}
-
-// Nibbles 4 * group … 4 * group + 3 of 32, one a byte.
-__device__ __forceinline__ uint32 nibbles4(const uint4& q, int group) {
-    return word8(q, q, group) >> (group < 4 ? 0 : 4) & 0x0f0f0f0fu;
-}
-
-// A byte of a word as a float, signed.
-__device__ __forceinline__ float byte_at(uint32 word, int place) {
-    return static_cast<float>(static_cast<int8>(word >> (8 * place)));
 }

@@ -9,6 +9,7 @@ using uint16 = unsigned short;
 using uint32 = unsigned int;
 using uint64 = unsigned long long;
 
+constexpr float kLowest = -3.4e38f;  // below every score; exp(kLowest - x) is 0, and no difference of two is NaN
 constexpr int kWarp = 32;
 constexpr uint32 kFullMask = 0xffffffffu;
 

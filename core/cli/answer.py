@@ -1,0 +1,142 @@
+"""One answer: streamed, timed and kept."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from attrs import define, field
+
+from mortice.core.cli.render import Screen
+from mortice.core.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from mortice.core.pipeline import Pipeline, Session
+    from mortice.core.text.generation import Piece
+    from mortice.core.text.params import GenerationParams, SamplingParams
+
+__all__ = ["Answer", "check_prompt", "give_answer", "read_stdin"]
+
+
+@define(kw_only=True)
+class Answer:
+    """What was generated and how long it took.
+
+    Attributes:
+        pieces: one a token.
+        prompt_tokens: length of the prompt.
+        reused_tokens: how many of them were in the KV cache already.
+        prefill_seconds: from the start to the first token.
+        decode_seconds: from the first token to the last.
+
+    """
+
+    pieces: list[Piece] = field(factory=list, repr=False)
+    prompt_tokens: int
+    reused_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(piece.text for piece in self.pieces)
+
+    @property
+    def prefill_speed(self) -> float | None:
+        """Tokens a second."""
+        fed = self.prompt_tokens - self.reused_tokens
+        return fed / self.prefill_seconds if self.pieces and self.prefill_seconds else None
+
+    @property
+    def decode_speed(self) -> float | None:
+        """Tokens a second, the first one not counted; None for fewer than two tokens."""
+        return (len(self.pieces) - 1) / self.decode_seconds if len(self.pieces) > 1 and self.decode_seconds else None
+
+    def speed_text(self) -> str:
+        """Both speeds, for a person."""
+        parts = [f"prompt {self.prompt_tokens} tokens"]
+        if self.reused_tokens:
+            parts[0] += f" ({self.reused_tokens} in the cache)"
+        if self.prefill_speed is not None:
+            parts[0] += f", prefill {self.prefill_speed:.1f} tok/s"
+        parts.append(f"answer {len(self.pieces)} tokens")
+        if self.decode_speed is not None:
+            parts[1] += f", decode {self.decode_speed:.1f} tok/s"
+        return "; ".join(parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        last = self.pieces[-1] if self.pieces else None
+        found: dict[str, Any] = {
+            "text": self.text,
+            "ids": [piece.id for piece in self.pieces],
+            "logprobs": [piece.logprob for piece in self.pieces],
+            "finish_reason": last.finish_reason if last else None,
+            "stop_reason": last.stop_reason if last else None,
+            "prompt_tokens": self.prompt_tokens,
+            "timings": {
+                "prefill_seconds": self.prefill_seconds,
+                "prefill_tokens_per_second": self.prefill_speed,
+                "decode_seconds": self.decode_seconds,
+                "decode_tokens_per_second": self.decode_speed,
+            },
+        }
+        if any(piece.top_logprobs for piece in self.pieces):
+            found["top_logprobs"] = [
+                [{"id": token, "logprob": logprob} for token, logprob in piece.top_logprobs] for piece in self.pieces
+            ]
+        return found
+
+
+def give_answer(
+    screen: Screen,
+    session: Session,
+    prompt_ids: Sequence[int],
+    sampling: SamplingParams,
+    generation: GenerationParams,
+    answer: Answer,
+) -> None:
+    """Generate, show each piece at once, and fill `answer`, which holds what there is when this is interrupted."""
+    started = time.perf_counter()
+    pieces = session.generate(prompt_ids, sampling, generation)
+    answer.reused_tokens = session.rewind_to(prompt_ids)
+    first = started
+    try:
+        for piece in pieces:
+            if not answer.pieces:
+                first = time.perf_counter()
+                answer.prefill_seconds = first - started
+            answer.pieces.append(piece)
+            screen.stream(piece.text)
+            answer.decode_seconds = time.perf_counter() - first
+    finally:
+        screen.end_stream()
+
+
+def check_prompt(pipeline: Pipeline, prompt_ids: Sequence[int]) -> None:
+    """Refuse a prompt that is empty or fills the context, before anything is uploaded for it."""
+    if not prompt_ids:
+        raise InputError("prompt: found no tokens, wanted at least one")
+    context = pipeline.settings.context_length
+    if len(prompt_ids) >= context:
+        raise ConfigError(
+            f"prompt: found {len(prompt_ids)} tokens, wanted fewer than the context's {context}; "
+            "--context makes it longer where the model allows it"
+        )
+
+
+def read_stdin() -> str:
+    """Standard input as text.
+
+    Raises:
+        InputError: when it is not UTF-8, naming the byte.
+
+    """
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input: byte {error.start}: not UTF-8") from None

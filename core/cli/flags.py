@@ -1,0 +1,277 @@
+"""The flags. Those that stand for a config key take their help from the key's own docstring.
+
+Attribute names of the classes below are dotted keys with the first dot written ``_``, so that a flag needs no table
+of its own to find its key.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any
+
+from attrs import fields, frozen
+from cyclopts import Parameter
+
+from mortice.core.config_keys import config_keys
+from mortice.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mortice.core.config_layers import EffectiveConfig, Flag
+
+__all__ = [
+    "FLAGS",
+    "ConfigFile",
+    "ConfigFlags",
+    "ContractFlag",
+    "ExecutorFlags",
+    "GenerationFlags",
+    "ModelFlags",
+    "ModelPath",
+    "OutputFlags",
+    "PluginFlags",
+    "PromptFlags",
+    "SystemFlag",
+    "TalkFlags",
+    "settings",
+]
+
+ConfigFile = Annotated[Path | None, Parameter(help="A config file in TOML; flags override its keys.")]
+ModelPath = Annotated[Path, Parameter(help="A model file.")]
+
+FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "model.path": ("--model", "-m"),
+        "model.contract": ("--contract",),
+        "prompt.text": ("--prompt", "-p"),
+        "prompt.system": ("--system",),
+        "prompt.chat": ("--chat",),
+        "plugins.allow": ("--allow-plugin",),
+        "plugins.block": ("--block-plugin",),
+        "plugins.strict": ("--strict-plugins",),
+        "plugins.prefer": ("--prefer",),
+        "executor.name": ("--executor",),
+        "executor.context": ("--context", "-c"),
+        "executor.kv": ("--kv",),
+        "executor.step_tokens": ("--step-tokens",),
+        "upload.strategy": ("--upload",),
+        "kernels.layout": ("--layout",),
+        "sampling.temperature": ("--temperature", "-t"),
+        "sampling.top_k": ("--top-k",),
+        "sampling.top_p": ("--top-p",),
+        "sampling.min_p": ("--min-p",),
+        "sampling.repetition_penalty": ("--repetition-penalty",),
+        "sampling.presence_penalty": ("--presence-penalty",),
+        "sampling.frequency_penalty": ("--frequency-penalty",),
+        "sampling.penalty_window": ("--penalty-window",),
+        "sampling.logit_bias": ("--logit-bias",),
+        "sampling.seed": ("--seed", "-s"),
+        "generation.max_tokens": ("--max-tokens", "-n"),
+        "generation.stop": ("--stop",),
+        "generation.stop_at_eos": ("--stop-at-eos",),
+        "generation.logprobs": ("--logprobs",),
+        "limits.memory_mib": ("--memory-mib",),
+    }
+)
+"""Every config key has a flag; the first name is the one in messages."""
+
+_MORE = {
+    "prompt.text": " - reads it from standard input, without the line end it may close with.",
+    "plugins.allow": " May be given several times.",
+    "plugins.block": " May be given several times.",
+    "plugins.prefer": " Written KIND:KEY=PLUGIN; may be given several times.",
+    "sampling.logit_bias": " Written ID=BIAS; may be given several times.",
+    "generation.stop": " May be given several times.",
+}
+"""What differs on the command line."""
+
+
+def _flag(key: str) -> Parameter:
+    known = config_keys()[key]
+
+    def convert(_: Any, tokens: Sequence[Any]) -> Any:
+        return known.parse(tokens[0].value)
+
+    doc = known.doc.replace("`", "")
+    return Parameter(
+        name=FLAGS[key],
+        help=doc[:1].upper() + doc[1:] + _MORE.get(key, ""),
+        converter=convert if known.kind in (int, float) else None,
+        negative=None if known.kind is bool else (),
+        allow_leading_hyphen=known.kind is not bool,
+        show_default=False,
+    )
+
+
+def _switch(help_text: str, *names: str) -> Parameter:
+    return Parameter(name=names, help=help_text, negative=(), show_default=False)
+
+
+@Parameter(name="*", group="Output")
+@frozen(kw_only=True)
+class TalkFlags:
+    """How a command speaks to a person."""
+
+    quiet: Annotated[bool, _switch("No notes on standard error, only warnings.", "--quiet", "-q")] = False
+    debug: Annotated[bool, _switch("Show the traceback of an error.", "--debug")] = False
+
+
+@Parameter(name="*", group="Output")
+@frozen(kw_only=True)
+class OutputFlags(TalkFlags):
+    """How a command speaks."""
+
+    json: Annotated[bool, _switch("Print JSON on standard output and nothing else.", "--json")] = False
+
+
+@Parameter(name="*", group="Config")
+@frozen(kw_only=True)
+class ConfigFlags:
+    """Any key."""
+
+    set_: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name="--set",
+            negative=(),
+            allow_leading_hyphen=True,
+            show_default=False,
+            help="Set any config key: TABLE.KEY=VALUE. May be given several times.",
+        ),
+    ] = ()
+
+
+@Parameter(name="*", group="Plugins")
+@frozen(kw_only=True)
+class PluginFlags:
+    """Which plugins take part."""
+
+    plugins_allow: Annotated[tuple[str, ...], _flag("plugins.allow")] = ()
+    plugins_block: Annotated[tuple[str, ...], _flag("plugins.block")] = ()
+    plugins_strict: Annotated[bool | None, _flag("plugins.strict")] = None
+    plugins_prefer: Annotated[tuple[str, ...], _flag("plugins.prefer")] = ()
+
+
+@Parameter(name="*", group="Model")
+@frozen(kw_only=True)
+class ContractFlag:
+    """What a file is held against."""
+
+    model_contract: Annotated[Path | None, _flag("model.contract")] = None
+
+
+@Parameter(name="*", group="Model")
+@frozen(kw_only=True)
+class ModelFlags(ContractFlag):
+    """Which model."""
+
+    model_path: Annotated[Path | None, _flag("model.path")] = None
+
+
+@Parameter(name="*", group="Executor")
+@frozen(kw_only=True)
+class ExecutorFlags:
+    """Where and how it runs."""
+
+    executor_name: Annotated[str | None, _flag("executor.name")] = None
+    executor_context: Annotated[int | None, _flag("executor.context")] = None
+    executor_kv: Annotated[str | None, _flag("executor.kv")] = None
+    executor_step_tokens: Annotated[int | None, _flag("executor.step_tokens")] = None
+    upload_strategy: Annotated[str | None, _flag("upload.strategy")] = None
+    kernels_layout: Annotated[str | None, _flag("kernels.layout")] = None
+    limits_memory_mib: Annotated[int | None, _flag("limits.memory_mib")] = None
+
+
+@Parameter(name="*", group="Prompt")
+@frozen(kw_only=True)
+class SystemFlag:
+    """How a model shall behave."""
+
+    prompt_system: Annotated[str | None, _flag("prompt.system")] = None
+
+
+@Parameter(name="*", group="Prompt")
+@frozen(kw_only=True)
+class PromptFlags(SystemFlag):
+    """What is asked."""
+
+    prompt_text: Annotated[str | None, _flag("prompt.text")] = None
+    prompt_chat: Annotated[bool | None, _flag("prompt.chat")] = None
+
+
+@Parameter(name="*", group="Generation")
+@frozen(kw_only=True)
+class GenerationFlags:
+    """How tokens are chosen, and when to end."""
+
+    sampling_temperature: Annotated[float | None, _flag("sampling.temperature")] = None
+    sampling_top_k: Annotated[int | None, _flag("sampling.top_k")] = None
+    sampling_top_p: Annotated[float | None, _flag("sampling.top_p")] = None
+    sampling_min_p: Annotated[float | None, _flag("sampling.min_p")] = None
+    sampling_repetition_penalty: Annotated[float | None, _flag("sampling.repetition_penalty")] = None
+    sampling_presence_penalty: Annotated[float | None, _flag("sampling.presence_penalty")] = None
+    sampling_frequency_penalty: Annotated[float | None, _flag("sampling.frequency_penalty")] = None
+    sampling_penalty_window: Annotated[int | None, _flag("sampling.penalty_window")] = None
+    sampling_logit_bias: Annotated[tuple[str, ...], _flag("sampling.logit_bias")] = ()
+    sampling_seed: Annotated[int | None, _flag("sampling.seed")] = None
+    generation_max_tokens: Annotated[int | None, _flag("generation.max_tokens")] = None
+    generation_stop: Annotated[tuple[str, ...], _flag("generation.stop")] = ()
+    generation_stop_at_eos: Annotated[bool | None, _flag("generation.stop_at_eos")] = None
+    generation_logprobs: Annotated[int | None, _flag("generation.logprobs")] = None
+
+
+def settings(
+    config: Path | None, *groups: object | None, environment: Mapping[str, str] | None = None
+) -> EffectiveConfig:
+    """The effective config: file, environment (the process's own by default) and the flags of `groups`.
+
+    Raises:
+        ConfigError: listing every mistake.
+
+    """
+    from mortice.core.config_layers import resolve_config
+
+    flags = [flag for group in groups if group is not None for flag in _flags_of(group)]
+    return resolve_config(config, os.environ if environment is None else environment, flags)
+
+
+def _flags_of(group: object) -> Iterator[Flag]:
+    from mortice.core.config_layers import Flag
+
+    for attribute in fields(type(group)):  # type: ignore[arg-type]
+        value = getattr(group, attribute.name)
+        if attribute.name == "set_":
+            for text in value:
+                key, equals, rest = text.partition("=")
+                if not equals:
+                    raise ConfigError(f"--set: found {text!r}, wanted TABLE.KEY=VALUE")
+                yield Flag(key.strip(), rest, f"--set {key.strip()}")
+        elif value not in (None, ()):
+            key = attribute.name.replace("_", ".", 1)
+            yield Flag(key, _PAIRS[key](value) if key in _PAIRS else value, FLAGS[key][0])
+
+
+def _biases(values: Sequence[str]) -> dict[str, float]:
+    biases = {}
+    for text in values:
+        token, _, bias = text.partition("=")
+        try:
+            biases[token] = float(bias)
+        except ValueError:
+            raise ConfigError(f"--logit-bias: found {text!r}, wanted ID=BIAS") from None
+    return biases
+
+
+def _preferences(values: Sequence[str]) -> dict[str, str]:
+    chosen = {}
+    for text in values:
+        key, equals, plugin = text.rpartition("=")
+        if not equals:
+            raise ConfigError(f"--prefer: found {text!r}, wanted KIND:KEY=PLUGIN")
+        chosen[key] = plugin
+    return chosen
+
+
+_PAIRS = {"sampling.logit_bias": _biases, "plugins.prefer": _preferences}

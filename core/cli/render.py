@@ -1,0 +1,211 @@
+"""What a command prints: results on standard output, all else on standard error.
+
+Where the stream is no terminal there are no colours, no bars and no line breaks of ours.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from attrs import define, field
+
+from mortice.core.plugin.events import Event, UploadProgress
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Screen", "json_text", "printable", "size_text"]
+
+_WIDE = 100_000
+"""Columns of a stream that is no terminal: nothing is wrapped or cut."""
+
+
+def printable(text: str, limit: int | None = None) -> str:
+    """Text from a file, safe to print: control characters escaped, cut to `limit` characters."""
+    if limit is not None and len(text) > limit:
+        text = text[: limit - 1] + "…"
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
+def size_text(count: int) -> str:
+    """Bytes for a person: ``93.1 MiB``."""
+    size, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def json_text(value: Any) -> str:
+    """`value` as JSON; what JSON has no number for becomes ``"inf"``, ``"-inf"``, ``"nan"``, a path its text."""
+    return json.dumps(_plain(value), ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, str):  # half a surrogate pair cannot be written as UTF-8
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    return value
+
+
+@define(eq=False)
+class Screen:
+    """Where a command prints.
+
+    Attributes:
+        json: results are JSON; `result` and tables for people are then not printed.
+        quiet: no notes.
+
+    """
+
+    json: bool = False
+    quiet: bool = False
+    _answer_open: bool = field(default=False, init=False)
+
+    # standard error ---------------------------------------------------------------------------------------------
+
+    def note(self, text: str = "") -> None:
+        """A line for a person who watches."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """A line that is not suppressed."""
+        print(f"mortice: warning: {text}", file=sys.stderr, flush=True)
+
+    def note_table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+        """A table for a person who watches. A column written ``>name`` is aligned to the right."""
+        if not self.quiet:
+            _print_table(sys.stderr, columns, rows, title)
+
+    @contextmanager
+    def upload_progress(self, observers: list[Callable[[Event], None]]) -> Iterator[None]:
+        """Show uploads while inside: a bar on a terminal, else one line at the end."""
+        if self.quiet:
+            yield
+        elif sys.stderr.isatty():
+            with _bar(observers):
+                yield
+        else:
+            started = time.perf_counter()
+            last: list[UploadProgress] = []
+
+            def remember(event: Event) -> None:
+                if isinstance(event, UploadProgress):
+                    last[:] = [event]
+
+            observers.append(remember)
+            try:
+                yield
+            finally:
+                observers.remove(remember)
+            if last:
+                seconds = time.perf_counter() - started
+                self.note(f"upload: {size_text(last[0].total_bytes)} with {last[0].strategy} in {seconds:.2f} s")
+
+    # standard output --------------------------------------------------------------------------------------------
+
+    def result(self, value: Any) -> None:
+        """The result, when JSON is wanted."""
+        if self.json:
+            print(json_text(value), flush=True)
+
+    def say(self, text: str = "") -> None:
+        """A line of the result for a person."""
+        if not self.json:
+            print(text)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+        """A table of the result for a person."""
+        if not self.json:
+            _print_table(sys.stdout, columns, rows, title)
+
+    def stream(self, text: str) -> None:
+        """A piece of an answer, shown at once. On a terminal control characters other than white space are escaped."""
+        if self.json or not text:
+            return
+        if sys.stdout.isatty():
+            text = "".join(char if char.isprintable() or char.isspace() else printable(char) for char in text)
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        self._answer_open = not text.endswith("\n")
+
+    def end_stream(self) -> None:
+        """Close the line an answer stands on."""
+        if self._answer_open:
+            print(flush=True)
+            self._answer_open = False
+
+
+def _print_table(stream: TextIO, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
+    from rich.console import Console
+
+    terminal = stream.isatty()
+    if terminal:
+        Console(file=stream, markup=False, highlight=False, emoji=False).print(_table(columns, rows, title, boxed=True))
+        return
+    buffer = io.StringIO()
+    Console(file=buffer, width=_WIDE, markup=False, highlight=False, emoji=False).print(
+        _table(columns, rows, title, boxed=False)
+    )
+    for line in buffer.getvalue().splitlines():
+        print(line.rstrip(), file=stream)
+    stream.flush()
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str, *, boxed: bool) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=Text(title) if title else None, title_justify="left", box=SIMPLE_HEAD if boxed else None, pad_edge=False
+    )
+    for column in columns:
+        name = column.removeprefix(">")
+        table.add_column(Text(name), justify="left" if name == column else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    return table
+
+
+@contextmanager
+def _bar(observers: list[Callable[[Event], None]]) -> Iterator[None]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    progress = Progress(
+        TextColumn("upload"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        console=Console(file=sys.stderr),
+    )
+    task = progress.add_task("upload", total=None)
+
+    def show(event: Event) -> None:
+        if isinstance(event, UploadProgress):
+            progress.update(task, completed=event.done_bytes, total=event.total_bytes)
+
+    observers.append(show)
+    try:
+        with progress:
+            yield
+    finally:
+        observers.remove(show)

@@ -1,0 +1,102 @@
+"""``mortice run``: one prompt, one answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mortice.core.cli.answer import Answer, check_prompt, give_answer, read_stdin
+from mortice.core.cli.flags import (
+    ConfigFile,
+    ConfigFlags,
+    ExecutorFlags,
+    GenerationFlags,
+    ModelFlags,
+    OutputFlags,
+    PluginFlags,
+    PromptFlags,
+    settings,
+)
+from mortice.core.cli.render import Screen
+from mortice.core.cli.stages import note_model, planned, resident
+from mortice.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mortice.core.config import PromptConfig
+    from mortice.core.pipeline import Pipeline
+
+__all__ = ["run"]
+
+
+def run(
+    config: ConfigFile = None,
+    /,
+    *,
+    model: ModelFlags | None = None,
+    prompt: PromptFlags | None = None,
+    generation: GenerationFlags | None = None,
+    executor: ExecutorFlags | None = None,
+    plugins: PluginFlags | None = None,
+    any_key: ConfigFlags | None = None,
+    output: OutputFlags | None = None,
+) -> int:
+    """Answer one prompt with a model.
+
+    The answer is streamed to standard output; what was found out about the file, the memory needed, the upload and
+    the speed go to standard error.
+
+    """
+    output = output or OutputFlags()
+    screen = Screen(json=output.json, quiet=output.quiet)
+    chosen = settings(config, model, prompt, generation, executor, plugins, any_key).config
+    text = _prompt_text(chosen.prompt)
+    sampling = chosen.sampling.seeded()
+    with planned(screen, chosen) as pipeline:
+        note_model(screen, pipeline)
+        pipeline.fit.require()
+        ids = _prompt_ids(pipeline, chosen.prompt, text)
+        check_prompt(pipeline, ids)
+        resident(screen, pipeline)
+        answer = Answer(prompt_tokens=len(ids))
+        with pipeline.session() as session:
+            give_answer(screen, session, ids, sampling, chosen.generation, answer)
+        screen.note(answer.speed_text())
+        if not sampling.greedy:
+            screen.note(f"seed {sampling.seed}")
+        screen.result(
+            {
+                "model": chosen.model.path,
+                "contract": pipeline.model.contract.name,
+                "executor": pipeline.executor.name,
+                "executor_reason": pipeline.executor_reason,
+                "device": pipeline.fit.device.name,
+                "seed": None if sampling.greedy else sampling.seed,
+                **answer.as_dict(),
+            }
+        )
+    return 0
+
+
+def _prompt_text(prompt: PromptConfig) -> str:
+    if prompt.text is None:
+        raise ConfigError("prompt.text: no prompt given; pass --prompt TEXT or set it in the config")
+    if prompt.system is not None and not prompt.chat:
+        raise ConfigError("prompt.system: only a chat has a system message; pass --chat too, or leave it out")
+    if prompt.text != "-":
+        return prompt.text
+    return read_stdin().removesuffix("\n").removesuffix("\r")
+
+
+def _prompt_ids(pipeline: Pipeline, prompt: PromptConfig, text: str) -> list[int]:
+    tokenizer = pipeline.tokenizer
+    if not prompt.chat:
+        return tokenizer.encode(text)
+    from mortice.core.text.chat import ChatTemplate, Message, encode_chat
+
+    messages = [Message(role="user", content=text)]
+    if prompt.system is not None:
+        messages.insert(0, Message(role="system", content=prompt.system))
+    template = ChatTemplate.from_metadata(pipeline.model.file.metadata, tokenizer)
+    try:
+        return encode_chat(tokenizer, template, messages)
+    finally:
+        template.close()

@@ -1,0 +1,49 @@
+"""``mortice tokenize``: text to token ids, with the tokenizer of a file."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from mortice.core.cli.answer import read_stdin
+from mortice.core.cli.flags import ConfigFile, ConfigFlags, ModelPath, OutputFlags, PluginFlags, settings
+from mortice.core.cli.render import Screen, printable
+from mortice.core.cli.stages import registry_of
+
+__all__ = ["tokenize"]
+
+
+def tokenize(
+    file: ModelPath,
+    text: Annotated[
+        str,
+        Parameter(allow_leading_hyphen=True, help="The text; - reads it from standard input, exactly as it is."),
+    ],
+    /,
+    *,
+    special: Annotated[
+        bool, Parameter(help="Read the text of a control token as that token, and add BOS where the file asks for it.")
+    ] = True,
+    config: ConfigFile = None,
+    plugins: PluginFlags | None = None,
+    any_key: ConfigFlags | None = None,
+    output: OutputFlags | None = None,
+) -> int:
+    """Show the token ids of a text."""
+    from mortice.core.pipeline import open_file
+    from mortice.core.text.tokenizer import Tokenizer
+
+    output = output or OutputFlags()
+    screen = Screen(json=output.json, quiet=output.quiet)
+    chosen = settings(config, plugins, any_key).config
+    if text == "-":
+        text = read_stdin()
+    with open_file(registry_of(screen, chosen), file) as opened:
+        tokenizer = Tokenizer.from_metadata(opened.metadata)
+        ids = tokenizer.encode(text, add_special=special, parse_special=special)
+        pieces = [tokenizer.piece(token) for token in ids]
+    screen.result({"ids": ids, "pieces": pieces, "count": len(ids)})
+    screen.table((">id", "piece"), [(str(token), printable(piece)) for token, piece in zip(ids, pieces, strict=True)])
+    screen.note(f"{len(ids)} tokens")
+    return 0

@@ -1,0 +1,154 @@
+"""Groups a program's operators into what one kernel does. Knows operators, not models: any contract gets what applies.
+
+A group is a linear map or several of one input, with the norm before them and what follows each. Everything else stays
+by itself. Groups come out in an order in which each reads only what earlier ones wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from attrs import define, field, frozen
+
+from mortice.core.model.operators import Act, Add, AddBias, Buffer, GatedAct, Linear, Norm, Operator
+
+__all__ = ["Group", "LinearGroup", "SingleGroup", "fuse"]
+
+MAX_SEGMENTS = 4
+"""Linear maps of one launch; as in ``ops/gemv.cu``."""
+
+
+@frozen(kw_only=True)
+class SingleGroup:
+    """An operator by itself."""
+
+    operator: Operator
+
+    @property
+    def operators(self) -> tuple[Operator, ...]:
+        """The operators done here."""
+        return (self.operator,)
+
+
+@frozen(kw_only=True)
+class LinearGroup:
+    """Linear maps of one input.
+
+    Attributes:
+        norm: the norm of the input, if it is done here.
+        linears: the maps.
+        biases: for each map the bias added to it, or None.
+        gated: the gated activation of the first two maps, if it is done here.
+        act: the activation of the only map, if it is done here.
+        residual: the addition the only map ends in, if it is done here.
+
+    """
+
+    norm: Norm | None
+    linears: tuple[Linear, ...]
+    biases: tuple[AddBias | None, ...]
+    gated: GatedAct | None = None
+    act: Act | None = None
+    residual: Add | None = None
+
+    @property
+    def source(self) -> Buffer:
+        """The buffer read: what the norm reads where it is done here."""
+        return self.norm.src if self.norm is not None else self.linears[0].src
+
+    @property
+    def outputs(self) -> tuple[Buffer, ...]:
+        """The buffers written, one for each map, or one in all."""
+        if self.gated is not None:
+            return (self.gated.out,)
+        if self.residual is not None:
+            return (self.residual.out,)
+        if self.act is not None:
+            return (self.act.out,)
+        return tuple(bias.out if bias else linear.out for linear, bias in zip(self.linears, self.biases, strict=True))
+
+    @property
+    def added(self) -> Buffer | None:
+        """The other side of the residual addition."""
+        if self.residual is None:
+            return None
+        own = self.biases[0].out if self.biases[0] else self.linears[0].out
+        return self.residual.b if self.residual.a == own else self.residual.a
+
+    @property
+    def operators(self) -> tuple[Operator, ...]:
+        """The operators done here."""
+        parts = (self.norm, *self.linears, *self.biases, self.gated, self.act, self.residual)
+        return tuple(part for part in parts if part is not None)
+
+
+Group = SingleGroup | LinearGroup
+
+
+def fuse(operators: Sequence[Operator], result: Buffer) -> list[Group]:
+    """Group `operators`; `result` is read from outside and so is always written."""
+    return _Fusion(operators, result).run()
+
+
+@define
+class _Fusion:
+    operators: Sequence[Operator]
+    result: Buffer
+    readers: dict[Buffer, list[Operator]] = field(factory=dict, init=False)
+    written_at: dict[Buffer, int] = field(factory=dict, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        for place, operator in enumerate(self.operators):
+            for buffer in operator.inputs:
+                self.readers.setdefault(buffer, []).append(operator)
+            for buffer in operator.outputs:
+                self.written_at[buffer] = place
+
+    def run(self) -> list[Group]:
+        groups: list[Group] = []
+        done: set[int] = set()
+        for place, operator in enumerate(self.operators):
+            if id(operator) in done or self._waits_for_linears(operator):
+                continue
+            group: Group = self._linear_group(operator, place) if isinstance(operator, Linear) else SingleGroup(operator=operator)
+            groups.append(group)
+            done.update(id(part) for part in group.operators)
+        return groups
+
+    def _waits_for_linears(self, operator: Operator) -> bool:
+        """Whether a norm is done in the group of the linear maps that read it, and nowhere else."""
+        if not isinstance(operator, Norm) or operator.groups != 1 or operator.out == self.result:
+            return False
+        readers = self.readers.get(operator.out, [])
+        return 0 < len(readers) <= MAX_SEGMENTS and all(isinstance(reader, Linear) for reader in readers)
+
+    def _only_reader(self, buffer: Buffer) -> Operator | None:
+        readers = self.readers.get(buffer, [])
+        return readers[0] if len(readers) == 1 and buffer != self.result else None
+
+    def _linear_group(self, first: Linear, place: int) -> LinearGroup:
+        siblings = [reader for reader in self.readers[first.src] if isinstance(reader, Linear)]
+        linears = tuple(siblings if len(siblings) <= MAX_SEGMENTS else [first])
+        producer = self.operators[self.written_at[first.src]] if first.src in self.written_at else None
+        norm = producer if isinstance(producer, Norm) and self._waits_for_linears(producer) else None
+        biases = tuple(self._bias(linear) for linear in linears)
+        ends = [bias.out if bias else linear.out for linear, bias in zip(linears, biases, strict=True)]
+        gated = act = residual = None
+        if len(linears) == 2:
+            reader = self._only_reader(ends[0])
+            if isinstance(reader, GatedAct) and reader is self._only_reader(ends[1]):
+                gated = reader
+                if reader.gate != ends[0]:  # the kernel takes the gate first
+                    linears, biases = linears[::-1], biases[::-1]
+        elif len(linears) == 1:
+            reader = self._only_reader(ends[0])
+            if isinstance(reader, Act):
+                act = reader
+            elif isinstance(reader, Add) and reader.a != reader.b:
+                other = reader.b if reader.a == ends[0] else reader.a
+                residual = reader if self.written_at[other] < place else None
+        return LinearGroup(norm=norm, linears=linears, biases=biases, gated=gated, act=act, residual=residual)
+
+    def _bias(self, linear: Linear) -> AddBias | None:
+        reader = self._only_reader(linear.out)
+        return reader if isinstance(reader, AddBias) else None

@@ -1,0 +1,188 @@
+// Attention of single tokens over the paged KV cache, split along the context (Flash-Decoding: Dao et al. 2023).
+//
+// Block (split, KV head, row). The query heads of a group read K and V together. Each warp takes every kWarps-th pair
+// of positions; kLanes neighbouring lanes hold a position's head, 8 elements each, so a warp reads kWarp / kLanes
+// positions at once. Sums are kept in registers with a running maximum (Milakov and Gimelshein 2018), joined over warps
+// in shared memory, and over splits by the block that comes last.
+//
+// Compile-time: HEAD_DIM, GROUP query heads a KV head, KV (the cache's element type), SPLITS at most, SOFTCAP and
+// WINDOWED (0 or 1).
+#include "kv_cache.cuh"
+
+constexpr int kWarps = 4;
+constexpr int kPerLane = 8;
+constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }
+constexpr int kLanes = power_of_two_from(HEAD_DIM / kPerLane);  // lanes that share a position; some idle at odd sizes
+constexpr int kAtOnce = kWarp / kLanes;                         // positions a warp reads at once
+static_assert(HEAD_DIM % kPerLane == 0 && kLanes <= kWarp, "a warp holds whole positions");
+
+struct AttentionArgs {
+    const float* q;     // (rows, kv_heads * GROUP, HEAD_DIM)
+    const KV* keys;     // the layer's cache
+    const KV* values;
+    float* out;         // like q
+    float* partial;     // (rows, kv_heads, SPLITS, GROUP, HEAD_DIM + 2): sums, maximum, total
+    int* arrivals;      // (rows, kv_heads), zero before and after
+    StepRows rows;
+    float scale;
+    float softcap;
+    int window;
+    int splits;
+};
+
+struct Eight {
+    float v[8];
+};
+
+__device__ __forceinline__ Eight load8(const __half* p) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(p);
+    const float2 a = half2_bits(bits.x), b = half2_bits(bits.y), c = half2_bits(bits.z), d = half2_bits(bits.w);
+    return {a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y};
+}
+
+__device__ __forceinline__ Eight load8(const float* p) {
+    const float4 a = reinterpret_cast<const float4*>(p)[0], b = reinterpret_cast<const float4*>(p)[1];
+    return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+}
+
+struct Running {
+    float top = kLowest, total = 0.f;
+    float sums[kPerLane] = {};
+
+    __device__ __forceinline__ void add(float score, const Eight& value) {
+        const float next = fmaxf(top, score);
+        const float keep = __expf(top - next), weight = __expf(score - next);
+        total = total * keep + weight;
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) sums[i] = sums[i] * keep + weight * value.v[i];
+        top = next;
+    }
+
+    __device__ __forceinline__ void join(float other_top, float other_total, const float* other_sums, int stride) {
+        const float next = fmaxf(top, other_top);
+        const float keep = __expf(top - next);
+        const float take = __expf(other_top - next);
+        total = total * keep + other_total * take;
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) sums[i] = sums[i] * keep + other_sums[i * stride] * take;
+        top = next;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(kWarps* kWarp) attention(const __grid_constant__ AttentionArgs args) {
+    __shared__ float joined[kWarps][GROUP][HEAD_DIM + 2];
+    __shared__ bool is_last;
+    const int split = blockIdx.x, head = blockIdx.y, row = blockIdx.z, kv_heads = gridDim.y;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int part = lane % kLanes, slot = lane / kLanes;
+
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    const int end = args.rows.positions[row] + 1;
+    const int begin = WINDOWED ? max(0, end - args.window) : 0;
+    // splits are whole runs of positions; a short context uses few of them
+    const int each = max(kWarps * kAtOnce, ceil_div(ceil_div(end - begin, args.splits), kAtOnce) * kAtOnce);
+    const int used = ceil_div(end - begin, each);
+    if (split >= used) return;
+    const int from = begin + split * each, to = min(end, from + each);
+
+    const bool holds = part * kPerLane < HEAD_DIM;
+    const int at_dim = holds ? part * kPerLane : 0;
+    float q[GROUP][kPerLane];
+    const float* query = args.q + (static_cast<size_t>(row) * kv_heads + head) * GROUP * HEAD_DIM;
+#pragma unroll
+    for (int g = 0; g < GROUP; ++g) {
+        const Eight eight = load8(query + g * HEAD_DIM + at_dim);
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) q[g][i] = holds ? eight.v[i] * args.scale : 0.f;
+    }
+
+    Running running[GROUP];
+#pragma unroll 2
+    for (int base = from + warp * kAtOnce; base < to; base += kWarps * kAtOnce) {
+        const int position = base + slot;
+        const bool inside = position < to;
+        const size_t at = kv_offset(args.rows, row, inside ? position : from, head, kv_heads, HEAD_DIM) + at_dim;
+        const Eight key = load8(args.keys + at), value = load8(args.values + at);
+#pragma unroll
+        for (int g = 0; g < GROUP; ++g) {
+            float score = 0.f;
+#pragma unroll
+            for (int i = 0; i < kPerLane; ++i) score += q[g][i] * key.v[i];
+            score = lanes_sum<kLanes>(score);
+            if constexpr (SOFTCAP) score = args.softcap * tanhf(score / args.softcap);
+            if (inside) running[g].add(score, value);
+        }
+    }
+
+    // join the slots of a warp, then the warps
+#pragma unroll
+    for (int g = 0; g < GROUP; ++g) {
+#pragma unroll
+        for (int step = kLanes; step < kWarp; step *= 2) {
+            const float top = __shfl_xor_sync(kFullMask, running[g].top, step);
+            const float total = __shfl_xor_sync(kFullMask, running[g].total, step);
+            float sums[kPerLane];
+#pragma unroll
+            for (int i = 0; i < kPerLane; ++i) sums[i] = __shfl_xor_sync(kFullMask, running[g].sums[i], step);
+            running[g].join(top, total, sums, 1);
+        }
+        if (slot == 0 && holds) {
+#pragma unroll
+            for (int i = 0; i < kPerLane; ++i) joined[warp][g][part * kPerLane + i] = running[g].sums[i];
+            if (part == 0) {
+                joined[warp][g][HEAD_DIM] = running[g].top;
+                joined[warp][g][HEAD_DIM + 1] = running[g].total;
+            }
+        }
+    }
+    __syncthreads();
+
+    constexpr int kPartial = GROUP * (HEAD_DIM + 2);
+    float* partial = args.partial + (static_cast<size_t>(row) * kv_heads + head) * SPLITS * kPartial;
+    float* out = args.out + (static_cast<size_t>(row) * kv_heads + head) * GROUP * HEAD_DIM;
+    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += kWarps * kWarp) {
+        const int g = i / HEAD_DIM, d = i % HEAD_DIM;
+        float top = kLowest;
+        for (int w = 0; w < kWarps; ++w) top = fmaxf(top, joined[w][g][HEAD_DIM]);
+        float sum = 0.f, total = 0.f;
+        for (int w = 0; w < kWarps; ++w) {
+            const float other = joined[w][g][HEAD_DIM];
+            const float take = __expf(other - top);
+            sum += joined[w][g][d] * take;
+            total += joined[w][g][HEAD_DIM + 1] * take;
+        }
+        if (used == 1) {
+            out[i] = sum / total;
+        } else {
+            float* mine = partial + split * kPartial + g * (HEAD_DIM + 2);
+            mine[d] = sum;
+            if (d == 0) {
+                mine[HEAD_DIM] = top;
+                mine[HEAD_DIM + 1] = total;
+            }
+        }
+    }
+    if (used == 1) return;
+
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) is_last = atomicAdd(&args.arrivals[row * kv_heads + head], 1) == used - 1;
+    __syncthreads();
+    if (!is_last) return;
+    __threadfence();
+    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += kWarps * kWarp) {
+        const int g = i / HEAD_DIM, d = i % HEAD_DIM;
+        float top = kLowest, sum = 0.f, total = 0.f;
+        for (int s = 0; s < used; ++s) {
+            const float* other = partial + s * kPartial + g * (HEAD_DIM + 2);
+            const float next = fmaxf(top, __ldcg(other + HEAD_DIM));
+            const float keep = __expf(top - next), take = __expf(__ldcg(other + HEAD_DIM) - next);
+            sum = sum * keep + __ldcg(other + d) * take;
+            total = total * keep + __ldcg(other + HEAD_DIM + 1) * take;
+            top = next;
+        }
+        out[i] = sum / total;
+    }
+    if (threadIdx.x == 0) args.arrivals[row * kv_heads + head] = 0;
+}

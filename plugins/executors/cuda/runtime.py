@@ -1,0 +1,433 @@
+"""Runs a lowered program on a card: builds it, owns its memory, feeds steps, and replays decode as one graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from attrs import define, field
+from numpy.typing import NDArray
+
+from mortice.core.errors import InputError
+from mortice.core.model import operators as op
+from mortice.core.model.program import Program
+from mortice.core.model.residency import BoundModel
+from mortice.core.model.rope import rope_frequencies
+from mortice.core.plugin.events import GraphCaptured, StepDone
+from mortice.core.plugin.interfaces import Emit, RuntimeSettings, StepPart, TokenSequence
+from mortice.plugins.executors.cuda.build import compile_all
+from mortice.plugins.executors.cuda.cache import KernelCache
+from mortice.plugins.executors.cuda.device import Device
+from mortice.core.text.params import GenerationParams, SamplingParams
+from mortice.plugins.executors.cuda.greedy import BLOCKS, RING, Chosen, GreedyArgs, GreedyDecoder
+from mortice.plugins.executors.cuda.kv_pool import PAGE_TOKENS, CudaSequence, PagePool
+from mortice.plugins.executors.cuda.lowering import (
+    LOGIT_ROWS,
+    TOKEN_TILES,
+    Addresses,
+    LaunchSpec,
+    Lowering,
+    StepRows,
+    place_program,
+    rope_key,
+    scratch_bytes,
+)
+from mortice.plugins.executors.cuda.nvrtc import Source
+
+__all__ = ["MAX_SEQUENCES", "CudaRuntime", "kv_pool_bytes", "runtime_bytes"]
+
+MAX_SEQUENCES = 8
+
+_KV_BYTES = {"f16": 2, "f32": 4}
+
+
+def page_count(settings: RuntimeSettings) -> int:
+    """Pages for one full sequence."""
+    return -(-settings.context_length // PAGE_TOKENS)
+
+
+def kv_pool_bytes(shapes: Sequence[Any], settings: RuntimeSettings, kv_type: str) -> int:
+    """Bytes of the KV cache."""
+    return page_count(settings) * PAGE_TOKENS * sum(shape.elements for shape in shapes) * _KV_BYTES[kv_type]
+
+
+def runtime_bytes(program: Program, settings: RuntimeSettings, sm_count: int) -> int:
+    """Bytes a runtime allocates on the device besides weights and KV cache."""
+    _, workspace = place_program(program, settings.step_tokens)
+    rows = 4 * (4 * settings.step_tokens + MAX_SEQUENCES * page_count(settings))
+    ropes = {rope_key(o): 8 * (o.dims // 2) for o in program.operators if isinstance(o, op.Rope)}
+    return workspace.nbytes + sum(scratch_bytes(program, sm_count, settings.step_tokens)) + rows + sum(ropes.values())
+
+
+@define(eq=False)
+class _Rows:
+    """The step's rows: int32 arrays in pinned host memory, and the same on the device behind one copy."""
+
+    device: Device
+    rows: int
+    pages_a_sequence: int
+    host: Any = field(init=False)
+    memory: Any = field(init=False)
+    token_ids: NDArray[np.int32] = field(init=False)
+    positions: NDArray[np.int32] = field(init=False)
+    tables: NDArray[np.int32] = field(init=False)
+    selected: NDArray[np.int32] = field(init=False)
+    pages: NDArray[np.int32] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        counts = (self.rows, self.rows, self.rows, self.rows, MAX_SEQUENCES * self.pages_a_sequence)
+        edges = np.cumsum((0, *counts))
+        self.host = self.device.allocate_host(int(edges[-1]) * 4)
+        self.memory = self.device.allocate(int(edges[-1]) * 4)
+        numbers = self.host.array.view(np.int32)
+        numbers[:] = 0
+        parts = [numbers[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+        self.token_ids, self.positions, self.tables, self.selected, self.pages = parts
+        self._edges = edges
+
+    _edges: Any = field(init=False, repr=False)
+
+    def address(self, part: int) -> int:
+        return int(self.memory.address + 4 * self._edges[part])
+
+    def structure(self) -> StepRows:
+        return StepRows(
+            token_ids=self.address(0), positions=self.address(1), tables=self.address(2), pages=self.address(4)
+        )
+
+
+@define(eq=False)
+class CudaRuntime:
+    """A program on a CUDA device."""
+
+    model: BoundModel
+    settings: RuntimeSettings
+    emit: Emit
+    device: Device
+    lowering: Lowering
+    _owned: list[Any] = field(factory=list, init=False, repr=False)
+    _plans: dict[tuple[str, int], list[Any]] = field(factory=dict, init=False, repr=False)
+    _graphs: dict[str, Any] = field(factory=dict, init=False, repr=False)
+    epoch: int = field(default=0, init=False)
+    """Counts the steps that wrote the rows anew; whoever launched ahead sees by it that they are no longer its own."""
+
+    def __attrs_post_init__(self) -> None:
+        device, lowering, program = self.device, self.lowering, self.model.plan.program
+        device.make_current()
+        self._specs = {tokens: lowering.launches(tokens) for tokens in TOKEN_TILES}
+        self._greedy_source = lowering.sources.greedy()
+        sources = {spec.source for body, head in self._specs.values() for spec in (*body, *head)}
+        sources.add(self._greedy_source)
+        self.build = compile_all(sources, device.arch, cache=KernelCache())
+        self._modules = {source: device.load(self.build.kernels[source].cubin) for source in sources}
+        self._functions = {
+            (spec.source, spec.entry): self._modules[spec.source].function(spec.entry)
+            for body, head in self._specs.values()
+            for spec in (*body, *head)
+        }
+        self._functions[self._greedy_source, "greedy"] = self._modules[self._greedy_source].function("greedy")
+        self.stream = device.new_stream()
+        self._rows = _Rows(device, lowering.rows, page_count(self.settings))
+        workspace = self._own(device.allocate(lowering.workspace.nbytes))
+        partial, arrivals = (
+            self._own(device.allocate(nbytes)) for nbytes in scratch_bytes(program, lowering.sm_count, lowering.rows)
+        )
+        self.stream.fill(arrivals.address, 0, arrivals.nbytes)
+        self._pool = PagePool(page_count(self.settings))
+        kv = self._own(device.allocate(kv_pool_bytes(program.kv, self.settings, lowering.kv_type)))
+        keys, values, at = [], [], kv.address
+        for shape in program.kv:
+            half = self._pool.pages * PAGE_TOKENS * shape.elements // 2 * _KV_BYTES[lowering.kv_type]
+            keys.append(at)
+            values.append(at + half)
+            at += 2 * half
+        self._logits_address = workspace.address + lowering.workspace.offsets[program.logits]
+        self._logits = self._own(device.allocate_host(4 * LOGIT_ROWS * program.vocab_size))
+        self._addresses = Addresses(
+            weights={planned.weight: self.model.resident.address(i) for i, planned in enumerate(self.model.plan.weights)},
+            workspace=workspace.address,
+            keys=keys,
+            values=values,
+            rows=self._rows.structure(),
+            selected=self._rows.address(3),
+            partial=partial.address,
+            arrivals=arrivals.address,
+            frequencies=self._frequencies(),
+        )
+        self._slots = list(range(MAX_SEQUENCES - 1, -1, -1))
+        self.stream.synchronize()
+
+    _specs: dict[int, tuple[list[LaunchSpec], list[LaunchSpec]]] = field(init=False, repr=False)
+    build: Any = field(init=False, repr=False)
+    _modules: dict[Any, Any] = field(init=False, repr=False)
+    _functions: dict[Any, Any] = field(init=False, repr=False)
+    stream: Any = field(init=False, repr=False)
+    _rows: _Rows = field(init=False, repr=False)
+    _pool: PagePool = field(init=False, repr=False)
+    _logits: Any = field(init=False, repr=False)
+    _logits_address: int = field(init=False, repr=False)
+    _addresses: Addresses = field(init=False, repr=False)
+    _slots: list[int] = field(init=False, repr=False)
+    _greedy_source: Source = field(init=False, repr=False)
+    _chosen: Any = field(default=None, init=False, repr=False)
+    _events: list[Any] = field(factory=list, init=False, repr=False)
+    _steps: int = field(default=0, init=False, repr=False)
+    _steps_address: int = field(default=0, init=False, repr=False)
+
+    def _own(self, memory: Any) -> Any:
+        self._owned.append(memory)
+        return memory
+
+    def _frequencies(self) -> dict[object, tuple[int, float]]:
+        """RoPE's tables, one for each distinct set of constants."""
+        tables: dict[object, tuple[int, float]] = {}
+        planned = {item.weight: item for item in self.model.plan.weights}
+        for operator in self.model.plan.program.operators:
+            if isinstance(operator, op.Rope) and rope_key(operator) not in tables:
+                factors = None
+                if operator.factors is not None:
+                    factors = np.ascontiguousarray(planned[operator.factors].source()).view("<f4").reshape(-1)
+                frequencies, magnitude = rope_frequencies(operator, factors)
+                memory = self._own(self.device.allocate(frequencies.nbytes))
+                self.stream.write(memory.address, frequencies)
+                tables[rope_key(operator)] = memory.address, magnitude
+        return tables
+
+    # sequences --------------------------------------------------------------------------------------------------
+
+    def new_sequence(self) -> CudaSequence:
+        if not self._slots:
+            raise InputError(f"{MAX_SEQUENCES} sequences are open, which is the most at once; close one")
+        return CudaSequence(self._pool, self._slots.pop(), self.settings.context_length, self._slots.append)
+
+    def step(self, parts: Sequence[StepPart]) -> NDArray[np.float32]:
+        started = time.perf_counter()
+        self.device.make_current()
+        rows = self._check(parts)
+        single = len(rows) == 1 and rows[0][3]
+        self.epoch += 1
+        for part in parts:
+            sequence = _own_sequence(part.sequence)
+            self._reserve(sequence, sequence.length + len(part.token_ids))
+        out: list[NDArray[np.float32]] = []
+        for start in range(0, len(rows), self.lowering.rows):
+            out += self._chunk(rows[start : start + self.lowering.rows], graph=single)
+        for part in parts:
+            part.sequence.length += len(part.token_ids)  # type: ignore[misc]  # checked to be ours
+        self.emit(StepDone(tokens=len(rows), seconds=time.perf_counter() - started))
+        if not out:
+            return np.empty((0, self.model.plan.program.vocab_size), np.float32)
+        return out[0] if len(out) == 1 else np.concatenate(out)
+
+    def _reserve(self, sequence: CudaSequence, length: int) -> bool:
+        """Give a sequence pages for `length` tokens and enter them in the host's table; whether any are new."""
+        if not sequence.reserve(length):
+            return False
+        start = sequence.slot * self._rows.pages_a_sequence
+        self._rows.pages[start : start + len(sequence.pages)] = sequence.pages
+        return True
+
+    def _check(self, parts: Sequence[StepPart]) -> list[tuple[CudaSequence, int, int, bool]]:
+        """(sequence, token id, position, whether logits are wanted) of each row; refuses before any work."""
+        vocab_size = self.model.plan.program.vocab_size
+        rows: list[tuple[CudaSequence, int, int, bool]] = []
+        needed = 0
+        seen: set[int] = set()
+        for part in parts:
+            sequence = _own_sequence(part.sequence)
+            if id(sequence) in seen:
+                raise InputError("a sequence can stand in a step only once")
+            seen.add(id(sequence))
+            end = sequence.length + len(part.token_ids)
+            if end > self.settings.context_length:
+                raise InputError(
+                    f"{sequence.length} + {len(part.token_ids)} tokens do not fit the context of "
+                    f"{self.settings.context_length}"
+                )
+            needed += max(0, -(-end // PAGE_TOKENS) - len(sequence.pages))
+            for i, token in enumerate(part.token_ids):
+                if not 0 <= token < vocab_size:
+                    raise InputError(f"token id {token} is outside the vocabulary of {vocab_size}")
+                wanted = part.logits == "all" or (part.logits == "last" and i == len(part.token_ids) - 1)
+                rows.append((sequence, int(token), sequence.length + i, wanted))
+        if needed > self._pool.free:
+            raise InputError(f"{needed} more pages of KV cache are needed, {self._pool.free} are free; close a sequence")
+        return rows
+
+    def _chunk(self, rows: Sequence[tuple[CudaSequence, int, int, bool]], *, graph: bool) -> list[NDArray[np.float32]]:
+        wanted = self._write_rows(rows)
+        if graph:
+            self._decode_graph("logits").launch(self.stream)
+            return [self._read_logits(1)]
+        self._run("body", len(rows))
+        out = []
+        for start in range(0, len(wanted), LOGIT_ROWS):
+            size = min(LOGIT_ROWS, len(wanted) - start)
+            if start:
+                self._rows.selected[:size] = wanted[start : start + size]
+                self.stream.copy_from_host(self._rows.memory.address, self._rows.host.address, self._rows.memory.nbytes)
+            self._run("head", size)
+            out.append(self._read_logits(size))
+        if not out:
+            self.stream.synchronize()
+        return out
+
+    def _write_rows(self, rows: Sequence[tuple[CudaSequence, int, int, bool]]) -> list[int]:
+        """Bring the rows of a step to the device; the numbers of those whose logits are wanted."""
+        self.stream.synchronize()  # the pinned copy may still be read by the copy before
+        for i, (sequence, token, position, _) in enumerate(rows):
+            self._rows.token_ids[i] = token
+            self._rows.positions[i] = position
+            self._rows.tables[i] = sequence.slot * self._rows.pages_a_sequence
+        wanted = [i for i, row in enumerate(rows) if row[3]]
+        self._rows.selected[: len(wanted)] = wanted
+        self.stream.copy_from_host(self._rows.memory.address, self._rows.host.address, self._rows.memory.nbytes)
+        return wanted
+
+    def _read_logits(self, rows: int) -> NDArray[np.float32]:
+        vocab_size = self.model.plan.program.vocab_size
+        self.stream.copy_to_host(self._logits.address, self._logits_address, 4 * rows * vocab_size)
+        self.stream.synchronize()
+        return self._logits.array.view(np.float32)[: rows * vocab_size].reshape(rows, vocab_size).copy()
+
+    # launches ---------------------------------------------------------------------------------------------------
+
+    def _run(self, part: str, rows: int) -> None:
+        plan = self._plans.get((part, rows))
+        if plan is None:
+            plan = self._plans[part, rows] = self._prepare(part, rows)
+        for launch in plan:
+            launch(self.stream)
+
+    def _prepare(self, part: str, rows: int) -> list[Any]:
+        tokens = next((size for size in TOKEN_TILES if size >= rows), TOKEN_TILES[-1])
+        specs = self._specs[tokens][0 if part == "body" else 1]
+        pdl = self.device.properties.compute_capability >= (9, 0)
+        launches = []
+        for spec in specs:
+            function = self._functions[spec.source, spec.entry]
+            if spec.shared > 48 << 10:
+                function.set_dynamic_shared(spec.shared)
+            at_once = self.lowering.sm_count * max(1, function.blocks_per_sm(spec.block, spec.shared))
+            launches.append(
+                function.prepare(
+                    spec.grid(rows, at_once),
+                    spec.block,
+                    spec.args(self._addresses, rows),
+                    dynamic_shared=spec.shared,
+                    pdl=pdl,
+                )
+            )
+        return launches
+
+    def _decode_graph(self, ending: str) -> Any:
+        """The graph of one decode step, captured once: positions, lengths and pages are read from the device."""
+        captured = self._graphs.get(ending)
+        if captured is None:
+            started = time.perf_counter()
+            plans = [self._prepare("body", 1), self._prepare("head", 1)]
+            if ending == "greedy":
+                plans.append([self._greedy_launch()])
+            with self.stream.capture() as graph:
+                for plan in plans:
+                    for launch in plan:
+                        launch(self.stream)
+            # the launches keep their arguments alive for as long as the graph
+            captured = self._graphs[ending] = (graph.instantiate(), plans)
+            self.emit(GraphCaptured(nodes=graph.node_count, seconds=time.perf_counter() - started))
+        return captured[0]
+
+    def clear_decode_graph(self) -> None:
+        """Forget captured graphs; the next decode step captures again."""
+        if self._graphs:
+            self.device.make_current()
+            self.stream.synchronize()
+            for graph, _ in self._graphs.values():
+                graph.close()
+            self._graphs.clear()
+
+    # greedy decoding --------------------------------------------------------------------------------------------
+
+    def device_chooser(
+        self, sequence: TokenSequence, sampling: SamplingParams, generation: GenerationParams
+    ) -> GreedyDecoder | None:
+        """A chooser that works on the device, or None where the host has to sample."""
+        plain = sampling.greedy and not sampling.penalises and not sampling.logit_bias and not generation.logprobs
+        return GreedyDecoder(self, _own_sequence(sequence)) if plain else None
+
+    def _greedy_launch(self) -> Any:
+        scratch = self._own(self.device.allocate(12 * BLOCKS + 8))
+        self._chosen = self._own(self.device.allocate_host(8 * RING))
+        self._events = [self.device.new_event() for _ in range(RING)]
+        self.stream.fill(scratch.address, 0, scratch.nbytes)
+        self._steps_address, self._steps = scratch.address + 12 * BLOCKS + 4, 0
+        args = GreedyArgs(
+            logits=self._logits_address,
+            vocab_size=self.model.plan.program.vocab_size,
+            partial=scratch.address,
+            arrivals=scratch.address + 12 * BLOCKS,
+            token_ids=self._rows.address(0),
+            positions=self._rows.address(1),
+            steps=self._steps_address,
+            chosen=self._chosen.device_address,
+            ring=RING,
+        )
+        self.stream.synchronize()
+        return self._functions[self._greedy_source, "greedy"].prepare(
+            BLOCKS, 256, (args,), pdl=self.device.properties.compute_capability >= (9, 0)
+        )
+
+    def begin_greedy(self, sequence: CudaSequence, token: int) -> tuple[Any, int]:
+        """Feed a token and choose the next one; returns what `take` waits for."""
+        self.device.make_current()
+        self.epoch += 1
+        graph = self._decode_graph("greedy")
+        self._reserve(sequence, sequence.length + 1)
+        self._write_rows([(sequence, token, sequence.length, True)])
+        return self._launch_greedy(graph)
+
+    def continue_greedy(self, sequence: CudaSequence) -> tuple[Any, int]:
+        """Feed the token just chosen, wherever it is, and choose the next one."""
+        self.device.make_current()
+        if self._reserve(sequence, sequence.length + 1):
+            start = 4 * sequence.slot * self._rows.pages_a_sequence
+            address = self._rows.address(4) + start
+            host = self._rows.host.address + (self._rows.address(4) - self._rows.memory.address) + start
+            self.stream.copy_from_host(address, host, 4 * len(sequence.pages))
+        return self._launch_greedy(self._decode_graph("greedy"))
+
+    def _launch_greedy(self, graph: Any) -> tuple[Any, int]:
+        slot = self._steps % RING
+        self._steps += 1
+        graph.launch(self.stream)
+        event = self._events[slot]
+        event.record(self.stream)
+        return event, slot
+
+    def take(self, running: tuple[Any, int]) -> tuple[int, float]:
+        """Wait for a step; the token chosen and its log-probability."""
+        event, slot = running
+        event.synchronize()
+        chosen = Chosen.from_buffer(self._chosen.array.data, 8 * slot)
+        return chosen.id, chosen.logprob
+
+    def close(self) -> None:
+        if self._owned:
+            self.device.make_current()
+            self.clear_decode_graph()
+            self.stream.synchronize()
+            for memory in (*self._owned, self._rows.memory, self._rows.host):
+                memory.close()
+            self._owned.clear()
+            for module in self._modules.values():
+                module.close()
+            self.stream.close()
+        self.model.resident.close()
+
+
+def _own_sequence(sequence: TokenSequence) -> CudaSequence:
+    if not isinstance(sequence, CudaSequence):
+        raise InputError(f"a sequence of the CUDA executor is needed, not {type(sequence).__name__}")
+    return sequence

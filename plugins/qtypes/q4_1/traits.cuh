@@ -1,0 +1,41 @@
+// Q4_1: 32 nibbles with a half-precision scale and minimum; x = d * q + m.
+// Planes of a tile: nibbles (4-bit plane) | scale and minimum, 4 bytes a chunk.
+// File block, 20 bytes: scale, minimum | nibbles as in Q4_0.
+#pragma once
+
+#include "unpack.cuh"
+
+struct Q4_1 {
+    static constexpr int kBlock = 32, kBlockBytes = 20;
+    static constexpr bool kIntegerDot = true;
+
+    struct Weight32 {
+        uint4 q;
+        uint32 factors;  // scale, minimum
+    };
+
+    template <class Memory, int kElements>
+    static __device__ __forceinline__ Weight32 load(const uint8* tile, int chunk) {
+        return {Memory::u128(tile + 16 * chunk), Memory::u32(tile + kElements / 2 + 4 * chunk)};
+    }
+
+    // Four integers of 0 … 15, one a byte.
+    static __device__ __forceinline__ uint32 integers4(const Weight32& w, int group) { return nibbles4(w.q, group); }
+
+    static __device__ __forceinline__ float dot(const Weight32& w, const Activation32& x) {
+        const float2 factors = half2_bits(w.factors);
+        const float sum = static_cast<float>(dot_all<Q4_1>(w, x));
+        return x.scale * (factors.x * sum + factors.y * static_cast<float>(x.sum_low + x.sum_high));
+    }
+
+    static __device__ __forceinline__ float4 dequantise4(const Weight32& w, int group) {
+        const float2 factors = half2_bits(w.factors);
+        return affine4(integers4(w, group), factors.x, factors.y);
+    }
+
+    template <int kElements>
+    static __device__ __forceinline__ void repack(const uint8* block, uint8* tile, int chunk) {
+        put_u128(tile + 16 * chunk, raw_words4<Q4_1>(block + 4));
+        put_u32(tile + kElements / 2 + 4 * chunk, raw_word<Q4_1>(block));
+    }
+};

@@ -1,0 +1,51 @@
+// Q5_K: 256 five-bit integers; each 32 have a 6-bit scale and a 6-bit minimum over a pair of half-precision factors;
+// x = d * scale * q - dmin * min.
+// Planes of a tile: low nibbles (4-bit plane) | fifth bits (1-bit plane) | 16 bytes a block: d, dmin, pairs of scale and
+// minimum (k_scales.cuh).
+// File block, 176 bytes: d, dmin | scales and minimums (k_scales.cuh) | fifth bits, those of chunk c at bit c of 32
+// bytes | nibbles as in Q4_K.
+#pragma once
+
+#include "../k_scales.cuh"
+
+struct Q5_K {
+    static constexpr int kBlock = 256, kBlockBytes = 176;
+    static constexpr bool kIntegerDot = true;
+
+    struct Weight32 {
+        uint4 low, head;
+        uint32 high;
+        int c;  // chunk within the block
+    };
+
+    // The eight lanes of a block read the same head.
+    template <class Memory, int kElements>
+    static __device__ __forceinline__ Weight32 load(const uint8* tile, int chunk) {
+        return {Memory::u128(tile + 16 * chunk), Memory::u128(tile + kElements / 8 * 5 + 16 * (chunk / 8)),
+                Memory::u32(tile + kElements / 2 + 4 * chunk), chunk % 8};
+    }
+
+    // Four integers of 0 … 31, one a byte.
+    static __device__ __forceinline__ uint32 integers4(const Weight32& w, int group) {
+        return nibbles4(w.low, group) | bits4(w.high, group, 4);
+    }
+
+    static __device__ __forceinline__ float dot(const Weight32& w, const Activation32& x) {
+        const ScaleAndMinimum f = ScaleAndMinimum::of(w.head, w.c);
+        const float sum = static_cast<float>(dot_all<Q5_K>(w, x));
+        return x.scale * (f.scale * sum - f.minimum * static_cast<float>(x.sum_low + x.sum_high));
+    }
+
+    static __device__ __forceinline__ float4 dequantise4(const Weight32& w, int group) {
+        const ScaleAndMinimum f = ScaleAndMinimum::of(w.head, w.c);
+        return affine4(integers4(w, group), f.scale, -f.minimum);
+    }
+
+    template <int kElements>
+    static __device__ __forceinline__ void repack(const uint8* block, uint8* tile, int chunk) {
+        const int c = chunk % 8;
+        put_u128(tile + 16 * chunk, gather_nibbles<Q5_K>(block + 48 + 32 * (c / 2), 4 * (c % 2)));
+        put_u32(tile + kElements / 2 + 4 * chunk, gather_bits<Q5_K>(block + 16, c));
+        if (c == 0) ScaleAndMinimum::repack<Q5_K>(block, tile + kElements / 8 * 5 + 16 * (chunk / 8));
+    }
+};

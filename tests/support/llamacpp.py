@@ -1,0 +1,153 @@
+"""llama.cpp on the CPU as an oracle, through the `xllamacpp` package.
+
+It runs with an F32 KV cache and without flash attention. On quantised weights it rounds activations to 8 bits, so give
+it a model expanded to F32 where more than rough agreement is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import xllamacpp  # type: ignore[import-untyped]
+from attrs import define, field, frozen
+from numpy.typing import NDArray
+
+import mortice
+from mortice.core.plugin.registry import make_registry
+
+
+@frozen(eq=False)
+class Row:
+    """What llama.cpp says about one position.
+
+    Attributes:
+        ids: the most likely tokens, best first.
+        logprobs: their natural log-probabilities.
+
+    """
+
+    ids: NDArray[np.int64]
+    logprobs: NDArray[np.float64]
+
+    @property
+    def best(self) -> int:
+        """The most likely token."""
+        return int(self.ids[0])
+
+
+@define(eq=False)
+class LlamaCpp:
+    """A model loaded by llama.cpp; use it as a context manager.
+
+    Attributes:
+        path: the file.
+        context: tokens it can hold.
+        threads: threads it computes with.
+        yarn_betas: YaRN's fast and slow beta, instead of its defaults.
+
+    """
+
+    path: Path
+    context: int = 1024
+    threads: int = 2
+    yarn_betas: tuple[float, float] | None = None
+    _server: Any = field(init=False, repr=False)
+    _letter: int = field(init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        params = xllamacpp.CommonParams()
+        params.model.path = str(self.path)
+        params.n_ctx = self.context
+        params.n_parallel = 1
+        params.n_gpu_layers = 0
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self.threads
+        params.warmup = params.fit_params = params.ctx_shift = False
+        params.cache_ram_mib = 0
+        params.verbosity = -1
+        if self.yarn_betas is not None:
+            params.yarn_beta_fast, params.yarn_beta_slow = self.yarn_betas
+        with make_registry().open_model(self.path) as file:
+            tokens = file.metadata["tokenizer.ggml.tokens"]
+            assert isinstance(tokens, Sequence)
+            self._letter = tokens.index("a")
+        self._server = xllamacpp.Server(params)
+
+    def after(self, token_ids: Sequence[int], top: int = 20) -> Row:
+        """The row after `token_ids`. What they share with the last call is not computed again.
+
+        One token is asked for, and it is forced to be a plain letter: the server merges the rows of tokens that end
+        inside a UTF-8 character, and then no row says which token it belongs to. The log-probabilities are those
+        before sampling, so the force does not show in them.
+
+        Raises:
+            AssertionError: when the answer is not one row of `top` entries.
+
+        """
+        answer = self._server.handle_completions(
+            {
+                "prompt": list(token_ids),
+                "n_predict": 1,
+                "temperature": 0.0,
+                "logit_bias": [[self._letter, 1000.0]],
+                "n_probs": top,
+                "post_sampling_probs": False,
+                "cache_prompt": True,
+            }
+        )
+        assert "choices" in answer, f"{self.path}: llama.cpp answered {answer}"
+        rows = answer["choices"][0]["logprobs"]["content"]
+        assert len(rows) == 1, f"{self.path}: {len(rows)} rows for one token"
+        entries = rows[0]["top_logprobs"]
+        assert len(entries) == top, f"{self.path}: {len(entries)} entries, asked for {top}"
+        ids = np.array([entry["id"] for entry in entries], np.int64)
+        return Row(ids, np.array([entry["logprob"] for entry in entries], np.float64))
+
+    def greedy(self, prompt: Sequence[int], tokens: int, stop: Collection[int] = (), top: int = 20) -> list[Row]:
+        """The rows of a greedy continuation of at most `tokens` tokens, the last one that of a token in `stop`."""
+        ids, rows = list(prompt), list[Row]()
+        while len(rows) < tokens and not (rows and rows[-1].best in stop):
+            rows.append(self.after(ids, top))
+            ids.append(rows[-1].best)
+        return rows
+
+    def close(self) -> None:
+        """Unload the model."""
+        self._server = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@frozen(kw_only=True)
+class Difference:
+    """How far mortice's log-probabilities are from llama.cpp's, over its top tokens at several positions."""
+
+    mean: float
+    worst: float
+    positions: int
+
+
+def difference(rows: Sequence[Row], logits: NDArray[np.float32]) -> Difference:
+    """Compare rows with mortice's logits at the same positions, shape (len(rows), vocab_size)."""
+    assert len(rows) == len(logits) > 0
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=1, keepdims=True)
+    wide -= np.log(np.exp(wide).sum(axis=1, keepdims=True))
+    gaps = np.array([np.abs(ours[row.ids] - row.logprobs) for row, ours in zip(rows, wide, strict=True)])
+    return Difference(mean=float(gaps.mean()), worst=float(gaps.max()), positions=len(rows))
+
+
+def open_reference(path: Path, context: int = 1024) -> mortice.Pipeline:
+    """The model in mortice's reference executor."""
+    return mortice.load(path, executor="reference", context=context)
