@@ -16,14 +16,14 @@ from typing import Any
 
 from attrs import field, frozen
 
-__all__ = ["FUNCTIONS", "Expression", "ExpressionError", "Number"]
+__all__ = ["FUNCTIONS", "MAX_VALUE", "Expression", "ExpressionError", "Number"]
 
 Number = int | float
 
 # A contract is data; nothing sensible is longer, and the bound keeps the parser's recursion small.
 _MAX_LENGTH = 200
-# No value of a model comes near it, and it keeps integers from growing without end (`10 ** 10 ** 10`).
-_MAX_VALUE = 1e30
+MAX_VALUE = 1e30
+"""No value of a model comes near it, and it keeps integers from growing without end (``10 ** 10 ** 10``)."""
 _CHARACTERS = re.compile(r"[A-Za-z0-9_ .,+\-*/%()<>=!]*")
 
 FUNCTIONS: Mapping[str, Callable[..., Number]] = {
@@ -41,14 +41,14 @@ class ExpressionError(ValueError):
 
 
 def _bounded(value: Number) -> Number:
-    if not abs(value) <= _MAX_VALUE:  # NaN fails this too
-        raise ExpressionError(f"a value beyond {_MAX_VALUE:g}")
+    if not abs(value) <= MAX_VALUE:  # NaN fails this too
+        raise ExpressionError(f"a value beyond {MAX_VALUE:g}")
     return value
 
 
 def _power(base: Number, exponent: Number) -> Number:
-    if base and exponent * math.log(abs(base)) > math.log(_MAX_VALUE):
-        raise ExpressionError(f"{base} ** {exponent} is beyond {_MAX_VALUE:g}")
+    if base and exponent * math.log(abs(base)) > math.log(MAX_VALUE):
+        raise ExpressionError(f"{base} ** {exponent} is beyond {MAX_VALUE:g}")
     value: Any = base**exponent
     if isinstance(value, complex):
         raise ExpressionError(f"{base} ** {exponent} is not a real number")

@@ -7,12 +7,12 @@ the nearest known one, and all mistakes of a document are reported together.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import cattrs
 from attrs import fields, has
-from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError
+from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError, IterableValidationNote
 from cattrs.gen import make_dict_structure_fn, override
 
 __all__ = ["make_converter", "mistakes", "toml_key", "unknown_key"]
@@ -43,20 +43,42 @@ def _literal(value: Any, annotation: Any) -> Any:
     return value
 
 
-def _container(
-    origin: type, wanted: str, plain: Callable[[Any, Any], Any]
-) -> tuple[Callable[[Any], bool], Callable[[Any, Any], Any]]:
-    """For tuples and dicts: what it applies to, and `plain` structuring of a TOML value of the right kind only.
+def _each(
+    pairs: Iterable[tuple[str | int, Any]], item: Any, converter: cattrs.Converter, where: Any
+) -> list[tuple[str | int, Any]]:
+    """Structure the items of an array or a table, with all their mistakes reported together."""
+    done: list[tuple[str | int, Any]] = []
+    errors: list[Exception] = []
+    for key, value in pairs:
+        try:
+            done.append((key, converter.structure(value, item)))
+        except Exception as error:  # noqa: BLE001 (kept, and raised with the others)
+            error.__notes__ = [*getattr(error, "__notes__", []), IterableValidationNote(f"at {key!r}", key, item)]
+            errors.append(error)
+    if errors:
+        raise IterableValidationError(f"While structuring {where!r}", errors, where)
+    return done
 
-    Without the check a string would do as an array of its characters.
-    """
 
-    def structure(value: Any, kind: Any) -> Any:
-        if not isinstance(value, dict if origin is dict else list | tuple):
-            raise TypeError(f"wanted {wanted}, found {value!r}")
-        return plain(value, kind)
+def _register_containers(converter: cattrs.Converter) -> None:
+    """Arrays and tables from just that: cattrs would take a string for an array of its characters."""
 
-    return lambda kind: get_origin(kind) is origin, structure
+    def array(value: Any, kind: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"wanted an array, found {value!r}")
+        return tuple(item for _, item in _each(enumerate(value), get_args(kind)[0], converter, kind))
+
+    def table(value: Any, kind: Any) -> Any:
+        if not isinstance(value, dict):
+            raise TypeError(f"wanted a table, found {value!r}")
+        return dict(_each(value.items(), get_args(kind)[1], converter, kind))
+
+    converter.register_structure_hook_func(lambda kind: _origin(kind) is tuple, array)
+    converter.register_structure_hook_func(lambda kind: _origin(kind) in (dict, Mapping), table)
+
+
+def _origin(kind: Any) -> Any:
+    return get_origin(kind)
 
 
 def make_converter() -> cattrs.Converter:
@@ -64,7 +86,8 @@ def make_converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     for kind in (str, bool, int, float):
         converter.register_structure_hook(kind, _strict(kind))
-    converter.register_structure_hook_func(lambda kind: getattr(kind, "__origin__", None) is Literal, _literal)
+    converter.register_structure_hook_func(lambda kind: _origin(kind) is Literal, _literal)
+    _register_containers(converter)
 
     def structure_class(cls: type) -> Callable[[Any, type], Any]:
         renames: dict[str, Any] = {

@@ -94,6 +94,8 @@ class ExecutorConfig:
         name: an executor's name, or ``auto``: CUDA where a usable GPU is, else the reference.
         context: tokens a sequence may hold; 0 takes the model's own context, at most 4096.
         kv: the type of the KV cache; ``auto`` is the executor's own choice.
+        activations: how products with quantised weights take their input: ``int8`` (fast, rounded), ``f32``, or ``auto``,
+            the executor's own choice.
         step_tokens: the most tokens fed at once; longer prompts are fed in several steps.
 
     """
@@ -101,6 +103,7 @@ class ExecutorConfig:
     name: str = "auto"
     context: int = field(default=0, validator=_at_least(0))
     kv: Literal["auto", "f32", "f16", "q8_0"] = "auto"
+    activations: Literal["auto", "f32", "int8"] = "auto"
     step_tokens: int = field(default=512, validator=_at_least(1))
 
 

@@ -212,7 +212,12 @@ def runtime_settings(config: RunConfig, program: Program) -> RuntimeSettings:
     context = config.executor.context or min(program.context_length, _DEFAULT_CONTEXT)
     if context > program.context_length:
         raise ConfigError(f"executor.context: found {context}, the model was made for at most {program.context_length}")
-    return RuntimeSettings(context_length=context, kv_type=config.executor.kv, step_tokens=config.executor.step_tokens)
+    return RuntimeSettings(
+        context_length=context,
+        kv_type=config.executor.kv,
+        activations=config.executor.activations,
+        step_tokens=config.executor.step_tokens,
+    )
 
 
 @frozen
@@ -306,13 +311,17 @@ class Pipeline:
             moved = 0
             if not self._resident.complete:
                 try:
-                    moved = self.upload.upload(self._resident, self.registry.emit)
+                    with self.registry.naming(self.upload, "upload"):
+                        moved = self.upload.upload(self._resident, self.registry.emitter(self.upload))
                 except BaseException:
                     self._resident.close()
                     self._resident = None
                     raise
             if self._runtime is None:
-                self._runtime = self.executor.open(bind(self._resident), self.settings, self.registry.emit)
+                with self.registry.naming(self.executor, "open"):
+                    self._runtime = self.executor.open(
+                        bind(self._resident), self.settings, self.registry.emitter(self.executor)
+                    )
             return moved
 
     @property

@@ -20,7 +20,6 @@ from mortice.core.cli.flags import (
     settings,
 )
 from mortice.core.cli.render import Screen, json_text
-from mortice.core.cli.stages import registry_of
 from mortice.core.config_keys import config_keys
 from mortice.core.errors import ConfigError, MorticeError
 
@@ -84,10 +83,12 @@ def show(
     output: OutputFlags | None = None,
 ) -> int:
     """Show every effective value, where it came from and which plugin serves it."""
+    from mortice.core.pipeline import registry_for
+
     output = output or OutputFlags()
     screen = Screen(json=output.json, quiet=output.quiet)
     effective = settings(config, model, prompt, generation, executor, plugins, any_key)
-    served = _served_by(registry_of(screen, effective.config), effective.config)
+    served = _served_by(registry_for(effective.config), effective.config)
     screen.result(
         {
             key: {

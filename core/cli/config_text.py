@@ -116,7 +116,7 @@ def _json_type(key: ConfigKey) -> dict[str, Any]:
     simple = {str: "string", Path: "string", bool: "boolean", int: "integer", float: "number"}
     found: dict[str, Any] = {"description": key.doc.replace("``", "`")}
     if key.default is not None:
-        found["default"] = str(key.default) if isinstance(key.default, Path) else key.default
+        found["default"] = list(key.default) if key.kind is tuple else key.default
     if key.kind is Literal:
         return {**found, "enum": list(key.choices)}
     if key.kind is tuple:

@@ -55,6 +55,7 @@ FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "executor.name": ("--executor",),
         "executor.context": ("--context", "-c"),
         "executor.kv": ("--kv",),
+        "executor.activations": ("--activations",),
         "executor.step_tokens": ("--step-tokens",),
         "upload.strategy": ("--upload",),
         "kernels.layout": ("--layout",),
@@ -94,10 +95,12 @@ def _flag(key: str) -> Parameter:
     def convert(_: Any, tokens: Sequence[Any]) -> Any:
         return known.parse(tokens[0].value)
 
-    doc = known.doc.replace("`", "")
+    doc = known.doc
+    if not doc.startswith("`"):
+        doc = doc[:1].upper() + doc[1:]
     return Parameter(
         name=FLAGS[key],
-        help=doc[:1].upper() + doc[1:] + _MORE.get(key, ""),
+        help=doc.replace("`", "") + _MORE.get(key, ""),
         converter=convert if known.kind in (int, float) else None,
         negative=None if known.kind is bool else (),
         allow_leading_hyphen=known.kind is not bool,
@@ -178,6 +181,7 @@ class ExecutorFlags:
     executor_name: Annotated[str | None, _flag("executor.name")] = None
     executor_context: Annotated[int | None, _flag("executor.context")] = None
     executor_kv: Annotated[str | None, _flag("executor.kv")] = None
+    executor_activations: Annotated[str | None, _flag("executor.activations")] = None
     executor_step_tokens: Annotated[int | None, _flag("executor.step_tokens")] = None
     upload_strategy: Annotated[str | None, _flag("upload.strategy")] = None
     kernels_layout: Annotated[str | None, _flag("kernels.layout")] = None

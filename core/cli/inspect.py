@@ -18,7 +18,6 @@ from mortice.core.cli.flags import (
     settings,
 )
 from mortice.core.cli.render import Screen, printable, size_text
-from mortice.core.cli.stages import registry_of
 from mortice.core.errors import MorticeError
 
 if TYPE_CHECKING:
@@ -46,12 +45,12 @@ def inspect(
     Works on files of unknown architectures, too. No tensor is read.
 
     """
-    from mortice.core.pipeline import open_file
+    from mortice.core.pipeline import open_file, registry_for
 
     output = output or OutputFlags()
     screen = Screen(json=output.json, quiet=output.quiet)
     chosen = settings(config, contract, plugins, any_key).config
-    registry = registry_of(screen, chosen)
+    registry = registry_for(chosen)
     with open_file(registry, file) as opened:
         served = _served(registry, opened, chosen.model.contract)
         types = _types(opened)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from mortice.core.cli.flags import ConfigFile, ConfigFlags, OutputFlags, PluginFlags, settings
 from mortice.core.cli.render import Screen, printable
-from mortice.core.cli.stages import registry_of
 
 if TYPE_CHECKING:
     from mortice.core.plugin.manager import PluginRecord
@@ -22,9 +21,11 @@ def list_plugins(
     output: OutputFlags | None = None,
 ) -> int:
     """List every plugin: what it gives, where it comes from, whether it takes part, how long importing it took."""
+    from mortice.core.pipeline import registry_for
+
     output = output or OutputFlags()
     screen = Screen(json=output.json, quiet=output.quiet)
-    registry = registry_of(screen, settings(config, plugins, any_key).config)
+    registry = registry_for(settings(config, plugins, any_key).config)
     found = [_describe(registry, record) for record in registry.manager.records.values()]
     screen.result(found)
     screen.table(

@@ -17,18 +17,7 @@ if TYPE_CHECKING:
     from mortice.core.pipeline import Pipeline
     from mortice.core.plugin.registry import Registry
 
-__all__ = ["fit_dict", "fit_rows", "layouts_of", "note_model", "planned", "registry_of", "resident"]
-
-
-def registry_of(screen: Screen, config: RunConfig) -> Registry:
-    """The plugins of a run; broken ones are named."""
-    from mortice.core.pipeline import registry_for
-
-    registry = registry_for(config)
-    for record in registry.manager.failed():
-        origin = f" ({record.distribution})" if record.distribution else ""
-        screen.warn(f"plugin {record.name}{origin} is broken and was skipped: {record.error}")
-    return registry
+__all__ = ["fit_dict", "fit_rows", "layouts_of", "note_model", "planned", "resident"]
 
 
 @contextmanager
@@ -39,9 +28,9 @@ def planned(screen: Screen, config: RunConfig) -> Iterator[Pipeline]:
         ValidationError: after the findings were noted, naming file, contract and how many.
 
     """
-    from mortice.core.pipeline import prepare
+    from mortice.core.pipeline import prepare, registry_for
 
-    registry = registry_of(screen, config)
+    registry = registry_for(config)
     try:
         pipeline = prepare(config, registry, require_fit=False)
     except ValidationError as error:

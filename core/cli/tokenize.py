@@ -9,7 +9,6 @@ from cyclopts import Parameter
 from mortice.core.cli.answer import read_stdin
 from mortice.core.cli.flags import ConfigFile, ConfigFlags, ModelPath, OutputFlags, PluginFlags, settings
 from mortice.core.cli.render import Screen, printable
-from mortice.core.cli.stages import registry_of
 
 __all__ = ["tokenize"]
 
@@ -31,7 +30,7 @@ def tokenize(
     output: OutputFlags | None = None,
 ) -> int:
     """Show the token ids of a text."""
-    from mortice.core.pipeline import open_file
+    from mortice.core.pipeline import open_file, registry_for
     from mortice.core.text.tokenizer import Tokenizer
 
     output = output or OutputFlags()
@@ -39,11 +38,11 @@ def tokenize(
     chosen = settings(config, plugins, any_key).config
     if text == "-":
         text = read_stdin()
-    with open_file(registry_of(screen, chosen), file) as opened:
+    with open_file(registry_for(chosen), file) as opened:
         tokenizer = Tokenizer.from_metadata(opened.metadata)
         ids = tokenizer.encode(text, add_special=special, parse_special=special)
         pieces = [tokenizer.piece(token) for token in ids]
     screen.result({"ids": ids, "pieces": pieces, "count": len(ids)})
     screen.table((">id", "piece"), [(str(token), printable(piece)) for token, piece in zip(ids, pieces, strict=True)])
-    screen.note(f"{len(ids)} tokens")
+    screen.say(f"{len(ids)} tokens")
     return 0

@@ -16,7 +16,6 @@ from mortice.core.cli.flags import (
     settings,
 )
 from mortice.core.cli.render import Screen, printable
-from mortice.core.cli.stages import registry_of
 from mortice.core.errors import MorticeError
 
 if TYPE_CHECKING:
@@ -42,10 +41,12 @@ def validate(
     No tensor is read. Goes on after a broken file; the exit code is 2 when any file has an error.
 
     """
+    from mortice.core.pipeline import registry_for
+
     output = output or OutputFlags()
     screen = Screen(json=output.json, quiet=output.quiet)
     chosen = settings(config, contract, plugins, any_key).config
-    registry = registry_of(screen, chosen)
+    registry = registry_for(chosen)
     results = [_validate(screen, registry, path, chosen.model.contract) for path in (file, *files)]
     screen.result(results)
     return 0 if all(result["ok"] for result in results) else _REFUSED

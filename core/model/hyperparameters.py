@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from attrs import define, field, frozen
 
-from mortice.arch_contracts.expressions import Expression, ExpressionError, Number
+from mortice.arch_contracts.expressions import MAX_VALUE, Expression, ExpressionError, Number
 from mortice.arch_contracts.schema import Contract, Hyperparameter
 from mortice.core.model.findings import Finding
 from mortice.core.model.types import ModelFile
@@ -137,11 +137,11 @@ class _Resolver:
             self.report("type", key, f"{type(raw).__name__} {raw!r:.40}", f"wanted {kind}")
             return None
         least: float = hyperparameter.min if hyperparameter.min is not None else 0 if kind == "int" else -math.inf
-        most: float = _MAX_COUNT if kind == "int" else math.inf
+        most: float = _MAX_COUNT if kind == "int" else MAX_VALUE
         # comparisons, unlike math.isfinite, hold for integers of any size, and NaN fails them
-        if not (-math.inf < number < math.inf and least <= number <= most):
+        if not max(least, -MAX_VALUE) <= number <= most:
             bounds = [f"from {least:g}"] if math.isfinite(least) else []
-            bounds += [f"to {most:.0f}"] if math.isfinite(most) else []
+            bounds += [f"to {most:.0f}"] if kind == "int" else []
             self.report("range", key, f"{number!r:.40}", " ".join(["wanted a finite number", *bounds]))
             return None
         return number

@@ -170,9 +170,11 @@ class _Check:
                 and (role.fallback, layer) in self.weights
             ):
                 self.weights[key, layer] = self.weights[role.fallback, layer]
+        told: set[str] = set()
         for key, why in self._needed(layer, roles, values):
-            if (key, layer) not in self.weights and key not in broken:
-                name = self._where(key, layer, roles)
+            name = self._where(key, layer, roles)
+            if (key, layer) not in self.weights and key not in broken and name not in told:
+                told.add(name)  # a fused tensor lacks all its parts at once
                 self.report("role.missing", name, "missing", f"{self.contract.name} requires {key}{why}")
         if (("attn_q_norm", layer) in self.weights) != (("attn_k_norm", layer) in self.weights):
             self.report(

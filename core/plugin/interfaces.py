@@ -41,13 +41,23 @@ class QuantizationType:
     Attributes:
         qtype: id, name and block shape.
         dequantize: bytes of rows, ``uint8`` of shape (rows, bytes of a row), to ``float32`` of shape (rows, columns).
-        traits: the CUDA traits header, where there is one.
+        traits: the CUDA traits header, where there is one; it comes with `planes`.
+        planes: how the blocks lie on the device, in the header's order: bytes of blocks, ``uint8`` of shape (blocks,
+            bytes), to one array of shape (blocks, bytes) for each plane, the same bytes in all. A block of fewer than
+            32 elements stands for as many as make 32.
 
     """
 
     qtype: QType = field(validator=validators.instance_of(QType))
     dequantize: Callable[[NDArray[np.uint8]], NDArray[np.float32]] = field(validator=validators.is_callable())
     traits: Path | None = field(default=None, validator=validators.optional(validators.instance_of(Path)))
+    planes: Callable[[NDArray[np.uint8]], tuple[NDArray[np.uint8], ...]] | None = field(
+        default=None, validator=validators.optional(validators.is_callable())
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if (self.traits is None) != (self.planes is None):
+            raise ValueError(f"{self.qtype.name}: traits and planes describe one device layout; give both or neither")
 
 
 class UploadStrategy(Protocol):
@@ -78,12 +88,15 @@ class RuntimeSettings:
     Attributes:
         context_length: tokens a sequence may hold.
         kv_type: the type of the KV cache (``f32``, ``f16``, ``q8_0``), or ``auto``; an executor refuses what it lacks.
+        activations: what products with quantised weights take: ``int8``, ``f32`` or ``auto``; an executor refuses what
+            it lacks.
         step_tokens: the most tokens of one step; longer prompts are fed in several.
 
     """
 
     context_length: int
     kv_type: str = "auto"
+    activations: str = "auto"
     step_tokens: int = 512
 
 

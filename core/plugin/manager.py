@@ -32,6 +32,8 @@ BUILTIN_PLUGINS = (
     "mortice.plugins.archs",
     "mortice.plugins.qtypes",
     "mortice.plugins.uploads.host",
+    "mortice.plugins.uploads.pageable",
+    "mortice.plugins.executors.cuda",
     "mortice.plugins.executors.reference",
 )
 """Modules with hooks, imported like those of third parties."""

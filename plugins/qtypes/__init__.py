@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 from attrs import frozen
@@ -11,6 +12,16 @@ from numpy.typing import NDArray
 from mortice.core.model.qtypes import GGML_TYPES, QType
 from mortice.core.plugin.hookspecs import hookimpl
 from mortice.core.plugin.interfaces import QuantizationType
+from mortice.plugins.qtypes.bits import Planes, columns
+from mortice.plugins.qtypes.iq4_nl import reference as iq4_nl
+from mortice.plugins.qtypes.iq4_xs import reference as iq4_xs
+from mortice.plugins.qtypes.q2_k import reference as q2_k
+from mortice.plugins.qtypes.q3_k import reference as q3_k
+from mortice.plugins.qtypes.q4_k import reference as q4_k
+from mortice.plugins.qtypes.q5_0 import reference as q5_0
+from mortice.plugins.qtypes.q5_1 import reference as q5_1
+from mortice.plugins.qtypes.q5_k import reference as q5_k
+from mortice.plugins.qtypes.q6_k import reference as q6_k
 
 # Types that hold weights. Q8_1 and Q8_K hold activations inside ggml, the integer types and F64 hold no weights.
 _WEIGHT_TYPES = (
@@ -20,6 +31,28 @@ _WEIGHT_TYPES = (
     *("IQ4_NL", "IQ4_XS", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
     *("TQ1_0", "TQ2_0", "MXFP4"),
 )
+
+# Types with a CUDA traits header in the folder of their name, and the planes it reads.
+_PLANES: Mapping[str, Planes] = {
+    "F32": columns(*((start, start + 16) for start in range(0, 128, 16))),
+    "F16": columns(*((start, start + 16) for start in range(0, 64, 16))),
+    "BF16": columns(*((start, start + 16) for start in range(0, 64, 16))),
+    "Q4_0": columns((2, 18), (0, 2)),
+    "Q4_1": columns((4, 20), (0, 4)),
+    "Q5_0": q5_0.planes,
+    "Q5_1": q5_1.planes,
+    "Q8_0": columns((2, 18), (18, 34), (0, 2)),
+    "Q2_K": q2_k.planes,
+    "Q3_K": q3_k.planes,
+    "Q4_K": q4_k.planes,
+    "Q5_K": q5_k.planes,
+    "Q6_K": q6_k.planes,
+    "IQ4_NL": iq4_nl.planes,
+    "IQ4_XS": iq4_xs.planes,
+}
+
+_PIECE = 1 << 17
+"""Elements dequantised at a time: 512 KiB of float32, so that the intermediates stay in the cache of a core."""
 
 
 @frozen
@@ -36,7 +69,17 @@ class _Dequantize:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        return np.asarray(dequantize(rows, GGMLQuantizationType(self.qtype.id)), dtype=np.float32)
+        # gguf works on 16 rows at a time, mostly overhead when rows are short. Blocks know nothing of rows, so it is
+        # given one long row at a time: the same values, 1.2 to 3 times as fast.
+        ggml_type = GGMLQuantizationType(self.qtype.id)
+        blocks = rows.reshape(-1, self.qtype.block_bytes)
+        values = np.empty((len(blocks), self.qtype.block_elements), np.float32)
+        piece = _PIECE // self.qtype.block_elements
+        for start in range(0, len(blocks), piece):
+            part = blocks[start : start + piece]
+            values[start : start + len(part)] = dequantize(part.reshape(1, -1), ggml_type).reshape(len(part), -1)
+        columns = rows.shape[1] // self.qtype.block_bytes * self.qtype.block_elements
+        return values.reshape(len(rows), columns)
 
 
 @hookimpl
@@ -44,5 +87,11 @@ def mortice_qtypes() -> Iterable[QuantizationType]:
     """Every GGML type that holds weights."""
     by_name = {qtype.name: qtype for qtype in GGML_TYPES.values()}
     return [
-        QuantizationType(qtype=by_name[name], dequantize=_Dequantize(by_name[name])) for name in _WEIGHT_TYPES
+        QuantizationType(
+            qtype=by_name[name],
+            dequantize=_Dequantize(by_name[name]),
+            traits=Path(__file__).parent / name.lower() / "traits.cuh" if name in _PLANES else None,
+            planes=_PLANES.get(name),
+        )
+        for name in _WEIGHT_TYPES
     ]

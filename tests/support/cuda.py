@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from mortice.core.errors import DeviceError
 from mortice.plugins.executors.cuda.properties import list_devices
 from mortice.plugins.executors.cuda.toolkit import find_compiler
@@ -27,11 +29,13 @@ _NO_DEVICE = _missing(list_devices)
 
 needs_nvrtc = pytest.mark.skipif(bool(_NO_COMPILER), reason=_NO_COMPILER or "NVRTC is there")
 needs_gpu = pytest.mark.skipif(bool(_NO_DEVICE), reason=_NO_DEVICE or "a GPU is there")
-has_gpu = pytest.mark.skipif(not _NO_DEVICE, reason="a GPU is there")
 
 
-class _Enum:
-    """Any member is 0, except the results that tests name."""
+class _Type:
+    """An enum, whose members are 0 except the results that code compares with, or a structure."""
+
+    def __call__(self) -> SimpleNamespace:
+        return SimpleNamespace()
 
     def __getattr__(self, name: str) -> int:
         return {"CUDA_ERROR_INVALID_VALUE": 1, "CUDA_ERROR_GRAPH_EXEC_UPDATE_FAILURE": 910}.get(name, 0)
@@ -61,13 +65,14 @@ class FakeDriverApi:
             "cuMemHostGetDevicePointer": (1 << 20,),
             "cuStreamCreateWithPriority": (7,),
             "cuStreamEndCapture": (8,),
+            "cuOccupancyMaxActiveBlocksPerMultiprocessor": (2,),
             "cuGetErrorName": (b"CUDA_ERROR_MADE_UP",),
             "cuGetErrorString": (b"made up",),
         }
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("cu"):
-            return _Enum()
+            return _Type()
 
         def call(*args: Any) -> tuple[Any, ...]:
             self.calls.append((name, *args))
@@ -80,6 +85,6 @@ class FakeDriverApi:
 
         return call
 
-    def called(self, name: str) -> list[tuple[Any, ...]]:
+    def called(self, name: str) -> list[list[Any]]:
         """The arguments of each call of a function."""
         return [arguments for called, *arguments in self.calls if called == name]

@@ -128,6 +128,7 @@ class CudaExecutor:
             rows=settings.step_tokens,
             kv_type=_kv_type(settings),
             sm_count=device.properties.sm_count,
+            quantize_activations=settings.activations != "f32",
         )
         return CudaRuntime(model, settings, emit, device, lowering)
 

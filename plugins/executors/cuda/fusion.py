@@ -10,9 +10,21 @@ from collections.abc import Sequence
 
 from attrs import define, field, frozen
 
-from mortice.core.model.operators import Act, Add, AddBias, Buffer, GatedAct, Linear, Norm, Operator
+from mortice.core.model.operators import (
+    Act,
+    Add,
+    AddBias,
+    Attention,
+    Buffer,
+    GatedAct,
+    KvWrite,
+    Linear,
+    Norm,
+    Operator,
+    Rope,
+)
 
-__all__ = ["Group", "LinearGroup", "SingleGroup", "fuse"]
+__all__ = ["Group", "LinearGroup", "PlaceGroup", "SingleGroup", "fuse"]
 
 MAX_SEGMENTS = 4
 """Linear maps of one launch; as in ``ops/gemv.cu``."""
@@ -82,7 +94,47 @@ class LinearGroup:
         return tuple(part for part in parts if part is not None)
 
 
-Group = SingleGroup | LinearGroup
+@frozen(kw_only=True)
+class PlaceGroup:
+    """What brings Q, K and V into their places before attention: per-head norms, RoPE, the write to the cache.
+
+    Attributes:
+        q_norm: the norm of Q's heads, or None.
+        k_norm: the norm of K's heads, or None; both or neither.
+        q_rope: RoPE of Q, or None.
+        k_rope: RoPE of K, or None; both or neither, of the same constants.
+        write: the write to the cache.
+        attention: what reads Q.
+
+    """
+
+    q_norm: Norm | None
+    k_norm: Norm | None
+    q_rope: Rope | None
+    k_rope: Rope | None
+    write: KvWrite
+    attention: Attention
+
+    @property
+    def sources(self) -> tuple[Buffer, Buffer, Buffer]:
+        """Q, K and V as the linear maps left them."""
+        q = self.q_norm or self.q_rope
+        k = self.k_norm or self.k_rope
+        return (q.src if q else self.attention.src, k.src if k else self.write.k, self.write.v)
+
+    @property
+    def outputs(self) -> tuple[Buffer, ...]:
+        """Q as attention reads it."""
+        return (self.attention.src,)
+
+    @property
+    def operators(self) -> tuple[Operator, ...]:
+        """The operators done here."""
+        parts = (self.q_norm, self.q_rope, self.k_norm, self.k_rope, self.write)
+        return tuple(part for part in parts if part is not None)
+
+
+Group = SingleGroup | LinearGroup | PlaceGroup
 
 
 def fuse(operators: Sequence[Operator], result: Buffer) -> list[Group]:
@@ -96,6 +148,8 @@ class _Fusion:
     result: Buffer
     readers: dict[Buffer, list[Operator]] = field(factory=dict, init=False)
     written_at: dict[Buffer, int] = field(factory=dict, init=False)
+    place_groups: dict[int, PlaceGroup] = field(factory=dict, init=False)
+    placed: set[int] = field(factory=set, init=False)
 
     def __attrs_post_init__(self) -> None:
         for place, operator in enumerate(self.operators):
@@ -103,17 +157,72 @@ class _Fusion:
                 self.readers.setdefault(buffer, []).append(operator)
             for buffer in operator.outputs:
                 self.written_at[buffer] = place
+        self._find_place_groups()
 
     def run(self) -> list[Group]:
         groups: list[Group] = []
         done: set[int] = set()
         for place, operator in enumerate(self.operators):
-            if id(operator) in done or self._waits_for_linears(operator):
+            if id(operator) in done or id(operator) in self.placed or self._waits_for_linears(operator):
                 continue
-            group: Group = self._linear_group(operator, place) if isinstance(operator, Linear) else SingleGroup(operator=operator)
+            group: Group = SingleGroup(operator=operator)
+            if isinstance(operator, Linear):
+                group = self._linear_group(operator, place)
+            elif isinstance(operator, KvWrite) and id(operator) in self.place_groups:
+                group = self.place_groups[id(operator)]
             groups.append(group)
             done.update(id(part) for part in group.operators)
         return groups
+
+    def _find_place_groups(self) -> None:
+        """Finds them first: their norms and RoPEs stand before the write that carries the group."""
+        for operator in self.operators:
+            if isinstance(operator, KvWrite):
+                group = self._place_group(operator)
+                if group is not None:
+                    self.place_groups[id(operator)] = group
+                    self.placed.update(id(part) for part in group.operators if part is not operator)
+
+    def _place_group(self, write: KvWrite) -> PlaceGroup | None:
+        attention = next((o for o in self.operators if isinstance(o, Attention) and o.layer == write.layer), None)
+        if attention is None:
+            return None
+        q_norm, q_rope, q = self._head_chain(attention.src)
+        k_norm, k_rope, k = self._head_chain(write.k)
+        group = PlaceGroup(q_norm=q_norm, k_norm=k_norm, q_rope=q_rope, k_rope=k_rope, write=write, attention=attention)
+        same_rope = (q_rope is None) == (k_rope is None) and (
+            q_rope is None
+            or k_rope is None
+            or (q_rope.dims, q_rope.style, q_rope.base, q_rope.scaling, q_rope.factors)
+            == (k_rope.dims, k_rope.style, k_rope.base, k_rope.scaling, k_rope.factors)
+        )
+        same_norm = (q_norm is None) == (k_norm is None) and (q_norm is None or k_norm is None or q_norm.type == k_norm.type)
+        if not group.operators[:-1] or not same_rope or not same_norm or q == k:
+            return None
+        return group
+
+    def _head_chain(self, end: Buffer) -> tuple[Norm | None, Rope | None, Buffer]:
+        """The per-head norm and the RoPE that lead to `end`, each read by nothing else, and what they begin with."""
+        norm = rope = None
+        producer = self._producer(end)
+        if isinstance(producer, Rope) and self._only_reader(end) is not None:
+            rope, end = producer, producer.src
+            producer = self._producer(end)
+        heads = rope.num_heads if rope is not None else 0
+        if (
+            isinstance(producer, Norm)
+            and producer.groups > 1
+            and producer.groups in (heads, heads or producer.groups)
+            and producer.bias is None
+            and producer.weight.rows == producer.src.width // producer.groups
+            and len(producer.weight.shape) == 1
+            and self._only_reader(end) is not None
+        ):
+            norm, end = producer, producer.src
+        return norm, rope, end
+
+    def _producer(self, buffer: Buffer) -> Operator | None:
+        return self.operators[self.written_at[buffer]] if buffer in self.written_at else None
 
     def _waits_for_linears(self, operator: Operator) -> bool:
         """Whether a norm is done in the group of the linear maps that read it, and nowhere else."""
@@ -129,7 +238,7 @@ class _Fusion:
     def _linear_group(self, first: Linear, place: int) -> LinearGroup:
         siblings = [reader for reader in self.readers[first.src] if isinstance(reader, Linear)]
         linears = tuple(siblings if len(siblings) <= MAX_SEGMENTS else [first])
-        producer = self.operators[self.written_at[first.src]] if first.src in self.written_at else None
+        producer = self._producer(first.src)
         norm = producer if isinstance(producer, Norm) and self._waits_for_linears(producer) else None
         biases = tuple(self._bias(linear) for linear in linears)
         ends = [bias.out if bias else linear.out for linear, bias in zip(linears, biases, strict=True)]

@@ -17,7 +17,8 @@ from mortice.core.model import operators as op
 from mortice.core.model.operators import Buffer, Operator, WeightRef
 from mortice.core.model.program import Program
 from mortice.core.model.weight_plan import WeightPlan
-from mortice.plugins.executors.cuda.fusion import Group, LinearGroup, fuse
+from mortice.plugins.executors.cuda.fusion import Group, LinearGroup, PlaceGroup, fuse
+from mortice.plugins.executors.cuda.layouts import tile_geometry
 from mortice.plugins.executors.cuda.nvrtc import Source
 from mortice.plugins.executors.cuda.sources import GEMV_THREADS, KernelSources
 from mortice.plugins.executors.cuda.workspace import Workspace, place_buffers
@@ -68,6 +69,14 @@ class _AttentionArgs(ctypes.Structure):
     ]
 
 
+class _PlaceArgs(ctypes.Structure):
+    _fields_ = [
+        *((name, Pointer) for name in ("q", "k", "v", "q_out", "keys", "values", "q_norm", "k_norm", "frequencies")),
+        ("rows", StepRows),
+        *((name, Float) for name in ("q_eps", "k_eps", "magnitude")),
+    ]
+
+
 @frozen(eq=False, kw_only=True)
 class Addresses:
     """Where things lie on the device.
@@ -105,7 +114,7 @@ class LaunchSpec:
         source: what is compiled.
         entry: the kernel's name.
         block: threads.
-        shared: dynamic shared memory in bytes.
+        shared_symbol: the constant of the source that says how much dynamic shared memory it wants; none without.
         grid: blocks for (rows, blocks the card runs at once).
         args: arguments for (addresses, rows).
 
@@ -115,7 +124,7 @@ class LaunchSpec:
     source: Source
     entry: str
     block: int
-    shared: int = 0
+    shared_symbol: str = ""
     grid: Callable[[int, int], tuple[int, int, int]]
     args: Callable[[Addresses, int], tuple[Any, ...]]
 
@@ -133,6 +142,8 @@ def place_program(program: Program, rows: int) -> tuple[list[Group], Workspace]:
         if isinstance(group, LinearGroup):
             added = (group.added,) if group.added is not None else ()
             uses.append(((group.source, *added), group.outputs))
+        elif isinstance(group, PlaceGroup):
+            uses.append((group.sources, group.outputs))
         else:
             in_head = in_head or isinstance(group.operator, op.SelectRows)
             uses.append((group.operator.inputs, group.operator.outputs))
@@ -199,6 +210,9 @@ class Lowering:
             if isinstance(group, LinearGroup):
                 target += self._linear(group, tokens)
                 continue
+            if isinstance(group, PlaceGroup):
+                target.append(self._place(group))
+                continue
             if isinstance(group.operator, op.SelectRows):
                 target = head
             target.append(self._single(group.operator))
@@ -218,10 +232,7 @@ class Lowering:
             activation=group.gated.activation if group.gated else group.act.activation if group.act else None,
             quantize_activations=self.quantize_activations,
         )
-        any_integer = self.quantize_activations and any(weight.layout.integer_dot for weight in weights)
-        any_float = not self.quantize_activations or not all(weight.layout.integer_dot for weight in weights)
-        shared = tokens * (columns // 32 * 40 * any_integer + columns * 4 * any_float)
-        units = sum(weight.layout.geometry(weight.rows, weight.columns).row_groups for weight in weights)
+        units = sum(tile_geometry(w.tensor.qtype, w.rows, w.columns).row_groups for w in weights)
         units = units // 2 if group.gated else units
         passes = lambda rows: -(-rows // tokens)  # noqa: E731
 
@@ -234,7 +245,7 @@ class Lowering:
                 source=source,
                 entry="gemv",
                 block=GEMV_THREADS,
-                shared=shared,
+                shared_symbol="shared_bytes",
                 grid=lambda rows, at_once: (min(at_once, -(-units // (GEMV_THREADS // 32))), passes(rows), 1),
                 args=args,
             )
@@ -370,6 +381,38 @@ class Lowering:
                 at.rows,
                 Int(o.head_dim),
             ),
+        )
+
+    def _place(self, group: PlaceGroup) -> LaunchSpec:
+        write = group.write
+        assert write.layer is not None
+        layer = write.layer
+
+        def args(at: Addresses, _: int) -> tuple[Any, ...]:
+            q, k, v = group.sources
+            filled = _PlaceArgs(
+                q=self._buffer(at, q),
+                k=self._buffer(at, k),
+                v=self._buffer(at, v),
+                q_out=self._buffer(at, group.outputs[0]),
+                keys=at.keys[layer],
+                values=at.values[layer],
+                rows=at.rows,
+            )
+            if group.q_norm is not None and group.k_norm is not None:
+                filled.q_norm, filled.q_eps = at.weights[group.q_norm.weight], group.q_norm.eps
+                filled.k_norm, filled.k_eps = at.weights[group.k_norm.weight], group.k_norm.eps
+            if group.q_rope is not None:
+                filled.frequencies, filled.magnitude = at.frequencies[rope_key(group.q_rope)]
+            return (filled,)
+
+        return LaunchSpec(
+            name="+".join(operator.name for operator in group.operators),
+            source=self.sources.place(group, self.kv_type),
+            entry="place",
+            block=64,
+            grid=lambda rows, _: (group.attention.num_heads + write.num_kv_heads, rows, 1),
+            args=args,
         )
 
     def _attention(self, o: op.Attention) -> LaunchSpec:

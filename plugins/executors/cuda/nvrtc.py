@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -38,6 +38,10 @@ def _sorted_defines(given: Mapping[str, Define] | Defines) -> Defines:
     return items
 
 
+def _tuple(given: Iterable[str]) -> tuple[str, ...]:
+    return tuple(given)
+
+
 @frozen(kw_only=True)
 class Source:
     """One thing to compile. Equal sources make equal code, so that it can be a key.
@@ -53,7 +57,7 @@ class Source:
     name: str
     text: str = field(repr=False)
     defines: Defines = field(default=(), converter=_sorted_defines)
-    options: tuple[str, ...] = field(default=(), converter=tuple)
+    options: tuple[str, ...] = field(default=(), converter=_tuple)
 
     @property
     def flags(self) -> tuple[str, ...]:

@@ -308,19 +308,28 @@ class CudaRuntime:
         launches = []
         for spec in specs:
             function = self._functions[spec.source, spec.entry]
-            if spec.shared > 48 << 10:
-                function.set_dynamic_shared(spec.shared)
-            at_once = self.lowering.sm_count * max(1, function.blocks_per_sm(spec.block, spec.shared))
+            shared = self._shared_bytes(spec)
+            if shared > 48 << 10:
+                function.set_dynamic_shared(shared)
+            at_once = self.lowering.sm_count * max(1, function.blocks_per_sm(spec.block, shared))
             launches.append(
                 function.prepare(
                     spec.grid(rows, at_once),
                     spec.block,
                     spec.args(self._addresses, rows),
-                    dynamic_shared=spec.shared,
+                    dynamic_shared=shared,
                     pdl=pdl,
                 )
             )
         return launches
+
+    def _shared_bytes(self, spec: LaunchSpec) -> int:
+        if not spec.shared_symbol:
+            return 0
+        number = np.empty(1, np.int32)
+        address, _ = self._modules[spec.source].symbol(spec.shared_symbol)
+        self.stream.read(number, address)
+        return int(number[0])
 
     def _decode_graph(self, ending: str) -> Any:
         """The graph of one decode step, captured once: positions, lengths and pages are read from the device."""

@@ -10,6 +10,7 @@ from attrs import frozen
 from mortice.core.model.operators import Attention, Norm
 from mortice.core.model.weight_plan import PlannedWeight
 from mortice.plugins.executors.cuda.flatten import flatten
+from mortice.plugins.executors.cuda.fusion import PlaceGroup
 from mortice.plugins.executors.cuda.layouts import tile_geometry
 from mortice.plugins.executors.cuda.nvrtc import Source
 
@@ -78,6 +79,20 @@ class KernelSources:
             "WINDOWED": int(attention.window > 0),
         }
         return self._source("attention.cu", defines)
+
+    def place(self, group: PlaceGroup, kv_type: str) -> Source:
+        """See ``ops/place.cu``."""
+        rope, norm = group.q_rope, group.q_norm
+        defines = {
+            "HEAD_DIM": group.write.head_dim,
+            "Q_HEADS": group.attention.num_heads,
+            "KV_HEADS": group.write.num_kv_heads,
+            "DIMS": rope.dims if rope is not None else 0,
+            "HALVES": int(rope is not None and rope.style == "halves"),
+            "HEAD_NORM": _NORMS[norm.type if norm is not None else None],
+            "KV": _KV[kv_type],
+        }
+        return self._source("place.cu", defines)
 
     def kv_write(self, kv_type: str) -> Source:
         """See ``ops/kv_write.cu``."""

@@ -89,6 +89,8 @@ class ReferenceExecutor:
             for operator in program.operators
             if operator.kind not in OPERATOR_KINDS
         ]
+        if settings.activations not in ("auto", "f32"):
+            reasons.append(f"executor.activations = {settings.activations!r}: the reference executor has auto or f32")
         if settings.kv_type not in _KV_TYPES:
             reasons.append(f"executor.kv = {settings.kv_type!r}: the reference executor keeps {' or '.join(_KV_TYPES)}")
         return reasons

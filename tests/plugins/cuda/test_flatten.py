@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+
 from mortice.plugins.executors.cuda.errors import CompileError
 from mortice.plugins.executors.cuda.flatten import flatten
 

@@ -10,16 +10,19 @@ import time
 from pathlib import Path
 
 import pytest
+from attrs import evolve
+
 from mortice.plugins.executors.cuda.build import compile_all
 from mortice.plugins.executors.cuda.cache import KernelCache, cache_folder, cache_key
 from mortice.plugins.executors.cuda.errors import CompileError
 from mortice.plugins.executors.cuda.nvrtc import Compiled, KernelResources, Source
 from mortice.plugins.executors.cuda.toolkit import Compiler
-
 from tests.support.cuda import needs_nvrtc
 
 COMPILED = Compiled(
-    cubin=b"\x7fELF\n\n\x00 code", functions={"k": KernelResources(registers=7, stack_bytes=8)}, warnings=("k.cu:1: hm",)
+    cubin=b"\x7fELF\n\n\x00 code",
+    functions={"k": KernelResources(registers=7, stack_bytes=8)},
+    warnings=("k.cu:1: hm",),
 )
 KEY = "0" * 64
 
@@ -61,14 +64,21 @@ def test_a_damaged_entry_counts_as_absent_and_is_replaced(tmp_path: Path, damage
 
 
 def test_the_key_follows_everything_that_decides_the_code_and_nothing_else() -> None:
-    base = {"name": "k.cu", "text": "t", "defines": {"A": 1}, "options": ("-lineinfo",)}
-    changes = [{"name": "j.cu"}, {"text": "u"}, {"defines": {"A": 2}}, {"defines": {}}, {"options": ()}]
-    keys = {cache_key(Source(**{**base, **change}), "sm_90", compiler()) for change in [{}, *changes]}
-    keys.add(cache_key(Source(**base), "sm_80", compiler()))
-    keys.add(cache_key(Source(**base), "sm_90", compiler(header_version=(13, 1))))
-    keys.add(cache_key(Source(**base), "sm_90", compiler(build="13.0.2")))
+    base = Source(name="k.cu", text="t", defines={"A": 1}, options=("-lineinfo",))
+    sources = [
+        base,
+        evolve(base, name="j.cu"),
+        evolve(base, text="u"),
+        evolve(base, defines={"A": 2}),
+        evolve(base, defines={}),
+        evolve(base, options=()),
+    ]
+    keys = {cache_key(source, "sm_90", compiler()) for source in sources}
+    keys.add(cache_key(base, "sm_80", compiler()))
+    keys.add(cache_key(base, "sm_90", compiler(header_version=(13, 1))))
+    keys.add(cache_key(base, "sm_90", compiler(build="13.0.2")))
     assert len(keys) == 9
-    assert cache_key(Source(**base), "sm_90", compiler(headers="/elsewhere")) in keys
+    assert cache_key(base, "sm_90", compiler(headers="/elsewhere")) in keys
 
 
 def test_the_entries_unused_for_longest_are_deleted_first(tmp_path: Path) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from mortice.core.errors import DeviceError
 from mortice.plugins.executors.cuda.build import compile_all
 from mortice.plugins.executors.cuda.errors import CompileError
 from mortice.plugins.executors.cuda.flatten import flatten
 from mortice.plugins.executors.cuda.nvrtc import KernelResources, Source, compile_cubin, read_resources
 from mortice.plugins.executors.cuda.toolkit import Compiler, find_compiler, header_version
-
 from tests.support.cuda import needs_nvrtc
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -134,7 +134,7 @@ def test_sources_are_compiled_once_each_in_threads_and_every_refusal_is_told() -
 
 
 def test_only_real_architectures_are_compiled_for() -> None:
-    with pytest.raises(CompileError, match="k.cu: architecture 'compute_90' is not one such as sm_90"):
+    with pytest.raises(CompileError, match=r"k.cu: architecture 'compute_90' is not one such as sm_90"):
         compile_cubin(Source(name="k.cu", text=""), "compute_90", compiler_for(90))
 
 
@@ -176,7 +176,9 @@ def test_the_newest_architecture_that_a_device_runs_is_chosen(capability: tuple[
 
 
 def test_a_device_newer_than_the_compiler_is_refused_with_the_way_back() -> None:
-    with pytest.raises(DeviceError, match=r'NVRTC 12.4 cannot compile .* 12.0: install .*-cu12; executor = "reference"'):
+    with pytest.raises(
+        DeviceError, match=r'NVRTC 12.4 cannot compile .* 12.0: install .*-cu12; executor = "reference"'
+    ):
         compiler_for(80, 90, version=(12, 4)).arch_for((12, 0))
 
 

@@ -12,7 +12,6 @@ import pytest
 from mortice.core.pipeline import Session
 from mortice.core.text import chat as chat_text
 from mortice.core.text.chat import Message
-from tests.support.models import smollm2_path
 from tests.unit.cli.conftest import Mortice
 
 HELP = "/exit leaves"
@@ -135,7 +134,14 @@ def test_ctrl_c_at_the_prompt_leaves_with_130(tiny: Path) -> None:
     assert rest == "mortice: error: interrupted\n"
 
 
-def test_a_real_model_remembers_what_was_said(mortice: Mortice) -> None:
-    ran = mortice("chat", "-m", smollm2_path(), "-n", 24, stdin=b"My name is Ada. Remember it.\nWhat is my name?\n")
-    assert ran.code == 0
-    assert "Ada" in ran.out.splitlines()[-1]
+def test_an_answer_is_the_same_whether_or_not_the_cache_was_reused(
+    mortice: Mortice, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, lines = ("chat", "-m", tiny, "-n", 8), b"one\ntwo\nthree\n"
+    reused = mortice(*command, stdin=lines)
+    rewind = Session.rewind_to
+    monkeypatch.setattr(Session, "rewind_to", lambda self, ids: rewind(self, ids[:1]))
+    fresh = mortice(*command, stdin=lines)
+    assert "in the cache" in reused.err
+    assert "in the cache" not in fresh.err
+    assert reused.out == fresh.out

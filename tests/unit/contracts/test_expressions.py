@@ -123,8 +123,11 @@ def test_nesting_within_the_length_is_fine() -> None:
 
 
 PIECES = st.sampled_from(
-    ["num_heads", "layer", "eps", "0", "2", "1.5", "1e30", "9**9", "+", "-", "*", "/", "//", "%", "**", "(", ")", " "]
-    + ["sqrt", "log", "max", "min", "floor", ",", "if", "else", "and", "or", "not", "<", "==", ".", "_", "=", "e"]
+    [
+        *("num_heads", "layer", "eps", "0", "2", "1.5", "1e30", "9**9", "sqrt", "log", "max", "min", "floor"),
+        *("+", "-", "*", "/", "//", "%", "**", "(", ")", " ", ",", "<", "==", ".", "_", "=", "e"),
+        *("if", "else", "and", "or", "not"),
+    ]
 )
 
 
@@ -132,7 +135,6 @@ PIECES = st.sampled_from(
 def test_no_text_raises_anything_but_expression_errors(text: str) -> None:
     try:
         value = Expression(text).evaluate(VALUES)
-    except ExpressionError as error:
-        assert str(error)
-    else:
-        assert math.isfinite(value)
+    except ExpressionError:
+        return
+    assert math.isfinite(value)

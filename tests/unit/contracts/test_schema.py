@@ -41,7 +41,8 @@ output = { shape = ["vocab_size", "hidden_size"], else = "token_embd" }
 
 [roles.layer]
 attn_norm = ["hidden_size"]
-attn_qkv = { shape = ["3 * hidden_size", "hidden_size"], split = { attn_q = "hidden_size", attn_k = "hidden_size", attn_v = "hidden_size" } }
+attn_qkv.shape = ["3 * hidden_size", "hidden_size"]
+attn_qkv.split = { attn_q = "hidden_size", attn_k = "hidden_size", attn_v = "hidden_size" }
 attn_output = ["hidden_size", "hidden_size"]
 attn_output_bias = { shape = ["hidden_size"], optional = true }
 attn_q_bias = { forbidden = true }
@@ -242,7 +243,6 @@ def test_no_text_raises_anything_but_format_errors(text: str) -> None:
 def test_a_line_replaced_by_anything_is_read_or_refused(line: str, new: str) -> None:
     try:
         contract = parse_contract(SMALL.replace(line, new, 1), "any.toml")
-    except ContractFormatError as error:
-        assert str(error)
-    else:
-        assert contract.name
+    except ContractFormatError:
+        return
+    assert contract.name

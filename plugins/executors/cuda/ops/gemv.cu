@@ -10,9 +10,8 @@
 // SEGMENTS, a list of Segment<type, tile rows, tile columns, rows>.
 #include "activations.cuh"
 #include "elementwise.cuh"
+#include "norm.cuh"
 #include "tile.cuh"
-
-enum NormKind { kNoNorm, kRmsNorm, kLayerNorm };
 
 struct SegmentArgs {
     const uint8* weight;
@@ -67,6 +66,10 @@ struct Input {
     ActivationRow<COLS>* quantized;
     FloatRow<COLS>* floats;
 };
+
+// What a launch has to ask for: only the traits know which form of the input they take. Read by the host.
+extern "C" __device__ const int shared_bytes =
+    TOKENS * (Segments::kAnyInteger * sizeof(ActivationRow<COLS>) + Segments::kAnyFloat * sizeof(FloatRow<COLS>));
 
 __device__ __forceinline__ Input carve(uint8* shared) {
     Input input{};

@@ -1,6 +1,7 @@
 // One kernel for each operator that nothing fused: the plain way, for any number of tokens. float32, one row a token.
 // Block y is the token; what an operator is comes as arguments, so that these are compiled once for all models.
 #include "elementwise.cuh"
+#include "rope.cuh"
 
 #define PLAIN extern "C" __global__ void __launch_bounds__(256)
 
@@ -77,8 +78,7 @@ PLAIN op_norm(const float* x, const float* weight, const float* bias, float* out
     }
 }
 
-// Block x is the head. `frequencies` (dims / 2) are angles a position, float64 rounded to float32; the product with the
-// position is taken in double, because a position of 100,000 leaves float32 three digits after the point.
+// Block x is the head. `frequencies` (dims / 2) are angles a position.
 PLAIN op_rope(const float* x, const double* frequencies, const int* positions, float* out, float magnitude, int head_dim,
            int dims, int is_halves) {
     let_next_kernel_start();
@@ -90,15 +90,10 @@ PLAIN op_rope(const float* x, const double* frequencies, const int* positions, f
             out[start + i] = x[start + i];
         } else if (i < dims / 2) {
             const int first = is_halves ? i : 2 * i, second = is_halves ? i + dims / 2 : 2 * i + 1;
-            double turns = position * frequencies[i] * 0.15915494309189535;  // in whole turns, for an exact reduction
-            turns -= floor(turns);
-            float sine, cosine;
-            sincospif(2.f * static_cast<float>(turns), &sine, &cosine);
-            sine *= magnitude;
-            cosine *= magnitude;
+            const float2 turn = rope_turn(position, frequencies[i], magnitude);
             const float a = x[start + first], b = x[start + second];
-            out[start + first] = a * cosine - b * sine;
-            out[start + second] = a * sine + b * cosine;
+            out[start + first] = a * turn.x - b * turn.y;
+            out[start + second] = a * turn.y + b * turn.x;
         }
     }
 }

@@ -1,0 +1,57 @@
+"""Speed of the reference executor on SmolLM2. Run with `pytest tests/bench --benchmark-enable`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+import mortice
+from tests.support.models import smollm2_path
+
+PROMPT = list(range(100, 612))
+DECODE_TOKENS = 32
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Iterator[mortice.Pipeline]:
+    with mortice.load(smollm2_path(), executor="reference") as loaded:
+        loaded.logits(PROMPT[:8])
+        yield loaded
+
+
+def test_load(benchmark: BenchmarkFixture) -> None:
+    def load() -> mortice.Pipeline:
+        return mortice.load(smollm2_path(), executor="reference")
+
+    def close(loaded: mortice.Pipeline) -> None:
+        loaded.close()
+
+    loaded = benchmark.pedantic(load, rounds=3, warmup_rounds=0)
+    benchmark.extra_info["weights_mb"] = round(loaded.plan.arena_bytes / 1e6)
+    close(loaded)
+
+
+def test_prefill(benchmark: BenchmarkFixture, pipeline: mortice.Pipeline) -> None:
+    def prefill() -> None:
+        with pipeline.session() as session:
+            session.feed(PROMPT)
+
+    benchmark.pedantic(prefill, rounds=3, warmup_rounds=1)
+    if benchmark.stats:
+        benchmark.extra_info["tokens_per_second"] = round(len(PROMPT) / benchmark.stats["min"], 1)
+
+
+@pytest.mark.parametrize("context", [0, 512])
+def test_decode(benchmark: BenchmarkFixture, pipeline: mortice.Pipeline, context: int) -> None:
+    def decode() -> None:
+        for token in PROMPT[:DECODE_TOKENS]:
+            session.feed([token])
+
+    with pipeline.session() as session:
+        if context:
+            session.feed(PROMPT[:context])
+        benchmark.pedantic(decode, rounds=3, warmup_rounds=1)
+    if benchmark.stats:
+        benchmark.extra_info["tokens_per_second"] = round(DECODE_TOKENS / benchmark.stats["min"], 1)
