@@ -1,7 +1,7 @@
 """What a run is made of: the config file's tables as frozen data.
 
 Each class is one table, each attribute one key; the docstrings are what ``mortice config schema`` prints. Where a value
-came from (default, file, environment, flag) is the matter of `mortice.core.settings`.
+came from (default, file, environment, flag) is the matter of `mortice.core.config_layers`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from attrs import Attribute, field, frozen
+from attrs import Attribute, converters, field, frozen
 
 from mortice.core.errors import ConfigError
 from mortice.core.text.params import GenerationParams, SamplingParams
@@ -47,8 +47,8 @@ class ModelConfig:
 
     """
 
-    path: Path | None = None
-    contract: Path | None = None
+    path: Path | None = field(default=None, converter=converters.optional(Path))
+    contract: Path | None = field(default=None, converter=converters.optional(Path))
 
 
 @frozen(kw_only=True)
@@ -94,8 +94,8 @@ class ExecutorConfig:
         name: an executor's name, or ``auto``: CUDA where a usable GPU is, else the reference.
         context: tokens a sequence may hold; 0 takes the model's own context, at most 4096.
         kv: the type of the KV cache; ``auto`` is the executor's own choice.
-        activations: how products with quantised weights take their input: ``int8`` (fast, rounded), ``f32``, or ``auto``,
-            the executor's own choice.
+        activations: what products with quantised weights take: ``int8`` (fast, rounded) or ``f32``; ``auto`` is the
+            executor's own choice.
         step_tokens: the most tokens fed at once; longer prompts are fed in several steps.
 
     """

@@ -44,7 +44,7 @@ from mortice.core.text.sampling import Sampled, Sampler
 if TYPE_CHECKING:  # the tokenizer library is imported when text is first needed
     from mortice.core.text.tokenizer import Tokenizer
 
-__all__ = ["Pipeline", "Session", "Support", "load", "prepare", "validate_file"]
+__all__ = ["Pipeline", "Session", "Support", "load", "prepare", "prepare_opened", "validate_file"]
 
 _DEFAULT_CONTEXT = 4096
 
@@ -64,7 +64,11 @@ def prepare(config: RunConfig, registry: Registry | None = None, *, require_fit:
 
     """
     registry = registry or registry_for(config)
-    file = open_file(registry, config.model.path)
+    return prepare_opened(config, registry, open_file(registry, config.model.path), require_fit=require_fit)
+
+
+def prepare_opened(config: RunConfig, registry: Registry, file: ModelFile, *, require_fit: bool = True) -> Pipeline:
+    """`prepare` for a model that is open, or was made in memory; `file` is closed with the pipeline, or on an error."""
     try:
         model = validate_opened(registry, file, config.model.contract).model()
         program = build_program(model)
@@ -103,7 +107,9 @@ def load(model: str | Path | RunConfig, *, executor: str | None = None, context:
         context: tokens a sequence may hold; overrides the config's.
 
     Raises:
-        As `prepare`.
+        InputError: as `prepare` does.
+        PluginError: as `prepare` does.
+        DeviceError: as `prepare` does.
 
     """
     config = (
@@ -292,6 +298,8 @@ class Pipeline:
     plan: WeightPlan = field(repr=False)
     fit: FitReport
     upload: UploadStrategy
+    upload_seconds: float = field(default=0.0, init=False)
+    """What the upload alone took: no allocation before it, no kernels after it."""
     _resident: ResidentWeights | None = field(default=None, init=False, repr=False)
     _runtime: Runtime | None = field(default=None, init=False, repr=False)
     _tokenizer: Any = field(default=None, init=False, repr=False)
@@ -310,6 +318,7 @@ class Pipeline:
                 self._resident = ResidentWeights(plan=self.plan, arena=self.executor.allocate(self.plan.arena_bytes))
             moved = 0
             if not self._resident.complete:
+                started = time.perf_counter()
                 try:
                     with self.registry.naming(self.upload, "upload"):
                         moved = self.upload.upload(self._resident, self.registry.emitter(self.upload))
@@ -317,6 +326,7 @@ class Pipeline:
                     self._resident.close()
                     self._resident = None
                     raise
+                self.upload_seconds = time.perf_counter() - started
             if self._runtime is None:
                 with self.registry.naming(self.executor, "open"):
                     self._runtime = self.executor.open(

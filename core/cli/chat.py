@@ -149,5 +149,8 @@ def _read_line(*, interactive: bool) -> str | None:
             return None
     if interactive:
         print("> ", end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
+    try:
+        line = sys.stdin.readline()
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input: {error}") from None
     return line.strip() if line else None

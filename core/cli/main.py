@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 from cyclopts import App, CycloptsError
 
-import mortice
+from mortice.core.cli.bench import bench
 from mortice.core.cli.chat import chat
 from mortice.core.cli.config import init, schema, show
 from mortice.core.cli.fit import fit
@@ -22,6 +23,7 @@ from mortice.core.cli.inspect import inspect
 from mortice.core.cli.plugins import list_plugins
 from mortice.core.cli.render import json_text, printable
 from mortice.core.cli.run import run
+from mortice.core.cli.synth import synth
 from mortice.core.cli.tokenize import tokenize
 from mortice.core.cli.validate import validate
 from mortice.core.errors import MorticeError
@@ -37,11 +39,11 @@ def make_app() -> App:
     app = App(
         name="mortice",
         help="Turns a quantised model file into a validated, resident inference pipeline.",
-        version=mortice.__version__,
+        version=_version,
         help_flags=("--help", "-h"),
         help_format="plaintext",
     )
-    commands: list[Callable[..., int]] = [run, chat, validate, inspect, tokenize, fit]
+    commands: list[Callable[..., int]] = [run, chat, validate, inspect, tokenize, fit, bench, synth]
     for command in commands:
         app.command(command)
     plugins = App(name="plugins", help="What is installed, and what it gives.")
@@ -55,6 +57,12 @@ def make_app() -> App:
     return app
 
 
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("mortice")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -66,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an ASCII terminal must not end an answer
     warnings = _Warnings()
     logger = logging.getLogger("mortice")
     logger.addHandler(warnings)

@@ -46,8 +46,8 @@ def size_text(count: int) -> str:
 
 
 def json_text(value: Any) -> str:
-    """`value` as JSON; what JSON has no number for becomes ``"inf"``, ``"-inf"``, ``"nan"``, a path its text."""
-    return json.dumps(_plain(value), ensure_ascii=False)
+    """`value` as ASCII JSON; what JSON has no number for becomes ``"inf"``, ``"-inf"``, ``"nan"``, a path its text."""
+    return json.dumps(_plain(value))
 
 
 def _plain(value: Any) -> Any:
@@ -59,8 +59,6 @@ def _plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    if isinstance(value, str):  # half a surrogate pair cannot be written as UTF-8
-        return value.encode("utf-8", "backslashreplace").decode("utf-8")
     return value
 
 

@@ -125,12 +125,16 @@ def iq4_codes(codes: Bytes) -> Bytes:
 
     Shape (blocks, 16 n) both ways; see ``iq4_codes.cuh``.
     """
-    two = np.ascontiguousarray(codes).view("<u2").reshape(-1, 8)
-    low = (two & 0x000F) | ((two >> 4) & 0x00F0)
-    high = ((two >> 4) & 0x000F) | ((two >> 8) & 0x00F0)
-    plane = np.hstack([low, high]).astype(np.uint8)
-    exchanged = (plane & 0x33) | ((plane & 0x44) << 1) | ((plane & 0x88) >> 1)
-    return exchanged.reshape(codes.shape)
+    words = _words(codes, np.uint32).reshape(-1, 4, len(codes))
+    plane = np.empty_like(words)
+    for half, shift in enumerate((0, 4)):
+        four = (words >> np.uint32(shift)) & np.uint32(0x0F0F0F0F)
+        four |= four >> np.uint32(4)
+        four &= np.uint32(0x00FF00FF)
+        four |= four >> np.uint32(8)  # the codes of four bytes in the low 16 bits
+        plane[:, 2 * half : 2 * half + 2] = (four[:, 0::2] & np.uint32(0xFFFF)) | (four[:, 1::2] << np.uint32(16))
+    first, second = plane & np.uint32(0x44444444), plane & np.uint32(0x88888888)
+    return _bytes((plane & np.uint32(0x33333333)) | (first << np.uint32(1)) | (second >> np.uint32(1)))
 
 
 def _words(rows: Bytes, kind: type[np.uint32 | np.uint64]) -> NDArray[Any]:

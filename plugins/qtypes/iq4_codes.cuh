@@ -27,14 +27,18 @@ __device__ __forceinline__ uint32 signed_permute(uint32 low, uint32 high, uint32
 #endif
 }
 
+// The two tables. In constant memory because the compiler writes an immediate into a register again before each use.
+__constant__ uint32 kIq4First[2] = {0xbfad9881u, 0x26190d01u};   // -127 -104 -83 -65, 1 13 25 38
+__constant__ uint32 kIq4Second[2] = {0x09152230u, 0x71594535u};  // ~-49 ~-35 ~-22 ~-10, 53 69 89 113
+
 // Four table entries, one a signed byte, for the codes in the low 16 bits.
 //
 // Each permutation gives entries where its own bit 3 is clear and signs where it is set; the second one has bit 3
 // inverted, so exactly one of the two is an entry. The second table holds its entries as positive numbers, inverted
 // where they are negative: its sign bytes are 0, and those of the first table undo the inversion.
 __device__ __forceinline__ uint32 iq4_entries(uint32 codes) {
-    const uint32 first = signed_permute(0xbfad9881u, 0x26190d01u, codes);  // -127 -104 -83 -65, 1 13 25 38
-    const uint32 second = signed_permute(0x09152230u, 0x71594535u, codes ^ 0x8888u);  // ~-49 ~-35 ~-22 ~-10, 53 69 89 113
+    const uint32 first = signed_permute(kIq4First[0], kIq4First[1], codes);
+    const uint32 second = signed_permute(kIq4Second[0], kIq4Second[1], codes ^ 0x8888u);
     return first ^ second;
 }
 

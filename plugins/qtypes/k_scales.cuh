@@ -10,8 +10,9 @@
 
 // The pair of chunk `c` (0 … 7), first number in byte 0, second in byte 1. `lows` is word c / 2 % 2.
 __device__ __forceinline__ uint32 six_bit_pair(uint32 lows, uint32 highs, int c) {
-    const uint32 low = lows >> (16 * (c % 2) + 4 * (c / 4));
-    const uint32 high = __funnelshift_r(highs, highs, 16 * (c % 2) + 2 * (c / 2) + 28);  // bit 2 * (c / 2) to bit 4
+    const int half = 16 * (c & 1);
+    const uint32 low = lows >> (half + (c & 4));
+    const uint32 high = __funnelshift_r(highs, highs, half + (c & 6) + 28);  // the bit moves to 4
     return (low & 0x0f0fu) | (high & 0x3030u);
 }
 
@@ -23,13 +24,22 @@ __device__ __forceinline__ void put_six_bit_pair(uint32* words, int c, uint32 fi
 
 // The head of a block as Q4_K and Q5_K have it.
 struct ScaleAndMinimum {
-    float scale, minimum;
+    int scale, minimum;  // of one chunk, 0 … 63
+    float2 factors;      // d, dmin
 
     // From the 16 bytes in a tile: d, dmin, pairs. `c` is the chunk within the block.
     static __device__ __forceinline__ ScaleAndMinimum of(const uint4& head, int c) {
-        const float2 d = half2_bits(head.x);
         const uint32 pair = six_bit_pair(c & 2 ? head.z : head.y, head.w, c);
-        return {d.x * static_cast<float>(pair & 0xffu), d.y * static_cast<float>(pair >> 8)};
+        return {static_cast<int>(pair & 0xffu), static_cast<int>(pair >> 8), half2_bits(head.x)};
+    }
+
+    // Of a chunk's products and of its activations, both sums of integers; exact until the floats.
+    __device__ __forceinline__ float apply(int products, int activations) const {
+        return factors.x * static_cast<float>(scale * products) - factors.y * static_cast<float>(minimum * activations);
+    }
+
+    __device__ __forceinline__ float4 apply4(uint32 integers) const {
+        return affine4(integers, factors.x * static_cast<float>(scale), -(factors.y * static_cast<float>(minimum)));
     }
 
     // The 16 bytes of a tile from the 16 at the start of a block in the file.

@@ -46,8 +46,9 @@ def flags_of(command: App) -> Iterator[tuple[tuple[str, ...], str, str]]:
     """Names, help and group of every flag of a command."""
     for argument in command.assemble_argument_collection():
         if argument.show and argument.names[0].startswith("-"):
-            (group,) = argument.parameter.group or ()
-            yield argument.names, argument.parameter.help or "", str(group.name)
+            groups = argument.parameter.group
+            assert isinstance(groups, tuple)
+            yield argument.names, argument.parameter.help or "", ", ".join(str(getattr(g, "name", g)) for g in groups)
 
 
 def _tables() -> str:

@@ -25,7 +25,6 @@ PROMPTS = (
     "Der schnelle braune Fuchs springt über den",
     "東京は日本の",
     "SELECT name, COUNT(*) FROM orders WHERE",
-    "Dear Sir or Madam,\n\nI am writing to complain about",
     "🙂 means happy, 🙁 means",
     "Q: What is 17 + 25?\nA:",
 )

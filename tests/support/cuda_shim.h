@@ -9,6 +9,7 @@
 
 #define __device__
 #define __host__
+#define __constant__ static
 #define __global__
 #define __shared__ static
 #define __forceinline__ inline

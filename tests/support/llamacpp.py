@@ -6,6 +6,7 @@ it a model expanded to F32 where more than rough agreement is wanted.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -46,14 +47,15 @@ class LlamaCpp:
     Attributes:
         path: the file.
         context: tokens it can hold.
-        threads: threads it computes with.
+        threads: threads it computes with; they wait for one another by spinning, so more than there are free cores
+            take many times as long as one.
         yarn_betas: YaRN's fast and slow beta, instead of its defaults.
 
     """
 
     path: Path
     context: int = 1024
-    threads: int = 2
+    threads: int = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
     yarn_betas: tuple[float, float] | None = None
     _server: Any = field(init=False, repr=False)
     _letter: int = field(init=False, repr=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from attrs import fields
 
-from mortice.core.config import RunConfig
+from mortice.core.config import ModelConfig, RunConfig
 from mortice.core.config_keys import config_keys, tables, variable_of
 from mortice.core.config_layers import OTHER_VARIABLES, Flag, Origin, read_config, resolve_config
 from mortice.core.errors import ConfigError
@@ -227,3 +227,7 @@ def test_the_listed_defaults_are_those_of_the_classes() -> None:
 
 def test_no_two_keys_share_a_variable() -> None:
     assert len({variable_of(key) for key in config_keys()}) == len(config_keys())
+
+
+def test_a_path_may_be_given_as_text_in_python() -> None:
+    assert ModelConfig(path="a.gguf").path == Path("a.gguf")

@@ -61,6 +61,8 @@ FLOORS = (  # from the ground up
     Floor("registry", ("core/plugin/registry.py",), "asks the loaded plugins, with types"),
     Floor("pipeline", ("core/pipeline.py",), "the only place that sees the whole flow"),
     Floor("testing", ("core/testing/*",), "the kit for plugin authors runs whole pipelines"),
+    Floor("synth", ("core/synth/*",), "models with random weights, written with the kit for tests"),
+    Floor("bench", ("core/bench/*",), "measures pipelines"),
     Floor("cli", ("core/cli/*",), "speaks to people; nothing builds on it"),
     Floor("face", (FACE,), "what `import mortice` offers; nothing inside uses it"),
 )

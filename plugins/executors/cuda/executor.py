@@ -79,6 +79,7 @@ class CudaExecutor:
         return self.opened().info()
 
     def kernels(self, device: DeviceInfo, qtypes: Sequence[QuantizationType]) -> Sequence[Kernel]:
+        del device  # the same on every card that `open_device` takes
         kernels = []
         for type_ in qtypes:
             if type_.traits is not None:
@@ -90,7 +91,8 @@ class CudaExecutor:
                 ]
             vector = VectorLayout(type_)
             kernels += [
-                Kernel(operator=operator, qtype=type_.qtype.name, layout=vector) for operator in ("norm", "add_bias", "rope")
+                Kernel(operator=operator, qtype=type_.qtype.name, layout=vector)
+                for operator in ("norm", "add_bias", "rope")
             ]
         return kernels
 
@@ -100,7 +102,9 @@ class CudaExecutor:
             if operator.kind not in OPERATOR_KINDS:
                 reasons.append(f"{operator.name}: no operator {operator.kind!r}")
             if isinstance(operator, op.Linear | op.Embed) and operator.weight.columns % 32:
-                reasons.append(f"{operator.weight.tensor}: rows of {operator.weight.columns}, wanted whole groups of 32")
+                reasons.append(
+                    f"{operator.weight.tensor}: rows of {operator.weight.columns}, wanted whole groups of 32"
+                )
             if isinstance(operator, op.Attention) and (operator.head_dim % 8 or operator.head_dim > 256):
                 reasons.append(f"{operator.name}: head_dim {operator.head_dim}, wanted a multiple of 8, at most 256")
         if settings.kv_type not in _KV_TYPES:

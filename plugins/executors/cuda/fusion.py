@@ -196,7 +196,9 @@ class _Fusion:
             or (q_rope.dims, q_rope.style, q_rope.base, q_rope.scaling, q_rope.factors)
             == (k_rope.dims, k_rope.style, k_rope.base, k_rope.scaling, k_rope.factors)
         )
-        same_norm = (q_norm is None) == (k_norm is None) and (q_norm is None or k_norm is None or q_norm.type == k_norm.type)
+        same_norm = (q_norm is None) == (k_norm is None) and (
+            q_norm is None or k_norm is None or q_norm.type == k_norm.type
+        )
         if not group.operators[:-1] or not same_rope or not same_norm or q == k:
             return None
         return group

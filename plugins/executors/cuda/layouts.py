@@ -87,9 +87,9 @@ class TileGeometry:
 
     @property
     def busy_lanes(self) -> float:
-        """Share of lanes with something to do when a warp walks over the rows of a tile."""
+        """Share of lanes with something to do when a warp takes a tile, its rows side by side."""
         lanes = _LANES // self.tile_rows
-        chunks = self.columns // CHUNK
+        chunks = self.tile_columns // CHUNK
         return chunks / (-(-chunks // lanes) * lanes)
 
     @property

@@ -23,7 +23,17 @@ from mortice.plugins.executors.cuda.nvrtc import Source
 from mortice.plugins.executors.cuda.sources import GEMV_THREADS, KernelSources
 from mortice.plugins.executors.cuda.workspace import Workspace, place_buffers
 
-__all__ = ["LOGIT_ROWS", "TOKEN_TILES", "Addresses", "LaunchSpec", "Lowering", "StepRows", "place_program", "rope_key", "scratch_bytes"]
+__all__ = [
+    "LOGIT_ROWS",
+    "TOKEN_TILES",
+    "Addresses",
+    "LaunchSpec",
+    "Lowering",
+    "StepRows",
+    "place_program",
+    "rope_key",
+    "scratch_bytes",
+]
 
 TOKEN_TILES = (1, 8)
 """Tokens one pass over the weights serves; a step takes the smallest that holds its rows, or several passes."""
@@ -234,7 +244,6 @@ class Lowering:
         )
         units = sum(tile_geometry(w.tensor.qtype, w.rows, w.columns).row_groups for w in weights)
         units = units // 2 if group.gated else units
-        passes = lambda rows: -(-rows // tokens)  # noqa: E731
 
         def args(at: Addresses, _: int) -> tuple[Any, ...]:
             return (self._gemv_args(group, at),)
@@ -246,7 +255,7 @@ class Lowering:
                 entry="gemv",
                 block=GEMV_THREADS,
                 shared_symbol="shared_bytes",
-                grid=lambda rows, at_once: (min(at_once, -(-units // (GEMV_THREADS // 32))), passes(rows), 1),
+                grid=lambda rows, at_once: (min(at_once, -(-units // (GEMV_THREADS // 32))), -(-rows // tokens), 1),
                 args=args,
             )
         ]
@@ -281,7 +290,9 @@ class Lowering:
             case op.Linear():
                 raise AssertionError("linear maps are always in a group")
             case op.AddBias():
-                return self._elementwise(o, o.out, lambda at: (self._p(at, o.src), Pointer(at.weights[o.weight]), self._p(at, o.out)))
+                return self._elementwise(
+                    o, o.out, lambda at: (self._p(at, o.src), Pointer(at.weights[o.weight]), self._p(at, o.out))
+                )
             case op.Rope():
                 return self._rope(o)
             case op.KvWrite():

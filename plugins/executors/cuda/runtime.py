@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 
 from mortice.core.errors import InputError
 from mortice.core.model import operators as op
-from mortice.core.model.program import Program
+from mortice.core.model.program import KvShape, Program
 from mortice.core.model.residency import BoundModel
 from mortice.core.model.rope import rope_frequencies
 from mortice.core.plugin.events import GraphCaptured, StepDone
 from mortice.core.plugin.interfaces import Emit, RuntimeSettings, StepPart, TokenSequence
+from mortice.core.text.params import GenerationParams, SamplingParams
 from mortice.plugins.executors.cuda.build import compile_all
 from mortice.plugins.executors.cuda.cache import KernelCache
 from mortice.plugins.executors.cuda.device import Device
-from mortice.core.text.params import GenerationParams, SamplingParams
 from mortice.plugins.executors.cuda.greedy import BLOCKS, RING, Chosen, GreedyArgs, GreedyDecoder
 from mortice.plugins.executors.cuda.kv_pool import PAGE_TOKENS, CudaSequence, PagePool
 from mortice.plugins.executors.cuda.lowering import (
@@ -29,12 +29,12 @@ from mortice.plugins.executors.cuda.lowering import (
     Addresses,
     LaunchSpec,
     Lowering,
-    StepRows,
     place_program,
     rope_key,
     scratch_bytes,
 )
 from mortice.plugins.executors.cuda.nvrtc import Source
+from mortice.plugins.executors.cuda.rows import Row, RowTable
 
 __all__ = ["MAX_SEQUENCES", "CudaRuntime", "kv_pool_bytes", "runtime_bytes"]
 
@@ -48,54 +48,18 @@ def page_count(settings: RuntimeSettings) -> int:
     return -(-settings.context_length // PAGE_TOKENS)
 
 
-def kv_pool_bytes(shapes: Sequence[Any], settings: RuntimeSettings, kv_type: str) -> int:
+def kv_pool_bytes(shapes: Sequence[KvShape], settings: RuntimeSettings, kv_type: str) -> int:
     """Bytes of the KV cache."""
-    return page_count(settings) * PAGE_TOKENS * sum(shape.elements for shape in shapes) * _KV_BYTES[kv_type]
+    elements = sum(shape.elements for shape in shapes)
+    return page_count(settings) * PAGE_TOKENS * elements * _KV_BYTES[kv_type]
 
 
 def runtime_bytes(program: Program, settings: RuntimeSettings, sm_count: int) -> int:
     """Bytes a runtime allocates on the device besides weights and KV cache."""
     _, workspace = place_program(program, settings.step_tokens)
-    rows = 4 * (4 * settings.step_tokens + MAX_SEQUENCES * page_count(settings))
+    rows = RowTable.nbytes(settings.step_tokens, MAX_SEQUENCES, page_count(settings))
     ropes = {rope_key(o): 8 * (o.dims // 2) for o in program.operators if isinstance(o, op.Rope)}
     return workspace.nbytes + sum(scratch_bytes(program, sm_count, settings.step_tokens)) + rows + sum(ropes.values())
-
-
-@define(eq=False)
-class _Rows:
-    """The step's rows: int32 arrays in pinned host memory, and the same on the device behind one copy."""
-
-    device: Device
-    rows: int
-    pages_a_sequence: int
-    host: Any = field(init=False)
-    memory: Any = field(init=False)
-    token_ids: NDArray[np.int32] = field(init=False)
-    positions: NDArray[np.int32] = field(init=False)
-    tables: NDArray[np.int32] = field(init=False)
-    selected: NDArray[np.int32] = field(init=False)
-    pages: NDArray[np.int32] = field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        counts = (self.rows, self.rows, self.rows, self.rows, MAX_SEQUENCES * self.pages_a_sequence)
-        edges = np.cumsum((0, *counts))
-        self.host = self.device.allocate_host(int(edges[-1]) * 4)
-        self.memory = self.device.allocate(int(edges[-1]) * 4)
-        numbers = self.host.array.view(np.int32)
-        numbers[:] = 0
-        parts = [numbers[a:b] for a, b in zip(edges, edges[1:], strict=False)]
-        self.token_ids, self.positions, self.tables, self.selected, self.pages = parts
-        self._edges = edges
-
-    _edges: Any = field(init=False, repr=False)
-
-    def address(self, part: int) -> int:
-        return int(self.memory.address + 4 * self._edges[part])
-
-    def structure(self) -> StepRows:
-        return StepRows(
-            token_ids=self.address(0), positions=self.address(1), tables=self.address(2), pages=self.address(4)
-        )
 
 
 @define(eq=False)
@@ -129,7 +93,7 @@ class CudaRuntime:
         }
         self._functions[self._greedy_source, "greedy"] = self._modules[self._greedy_source].function("greedy")
         self.stream = device.new_stream()
-        self._rows = _Rows(device, lowering.rows, page_count(self.settings))
+        self._rows = self._own(RowTable(device, lowering.rows, MAX_SEQUENCES, page_count(self.settings)))
         workspace = self._own(device.allocate(lowering.workspace.nbytes))
         partial, arrivals = (
             self._own(device.allocate(nbytes)) for nbytes in scratch_bytes(program, lowering.sm_count, lowering.rows)
@@ -146,12 +110,14 @@ class CudaRuntime:
         self._logits_address = workspace.address + lowering.workspace.offsets[program.logits]
         self._logits = self._own(device.allocate_host(4 * LOGIT_ROWS * program.vocab_size))
         self._addresses = Addresses(
-            weights={planned.weight: self.model.resident.address(i) for i, planned in enumerate(self.model.plan.weights)},
+            weights={
+                planned.weight: self.model.resident.address(i) for i, planned in enumerate(self.model.plan.weights)
+            },
             workspace=workspace.address,
             keys=keys,
             values=values,
             rows=self._rows.structure(),
-            selected=self._rows.address(3),
+            selected=self._rows.selected,
             partial=partial.address,
             arrivals=arrivals.address,
             frequencies=self._frequencies(),
@@ -164,7 +130,7 @@ class CudaRuntime:
     _modules: dict[Any, Any] = field(init=False, repr=False)
     _functions: dict[Any, Any] = field(init=False, repr=False)
     stream: Any = field(init=False, repr=False)
-    _rows: _Rows = field(init=False, repr=False)
+    _rows: RowTable = field(init=False, repr=False)
     _pool: PagePool = field(init=False, repr=False)
     _logits: Any = field(init=False, repr=False)
     _logits_address: int = field(init=False, repr=False)
@@ -225,14 +191,13 @@ class CudaRuntime:
         """Give a sequence pages for `length` tokens and enter them in the host's table; whether any are new."""
         if not sequence.reserve(length):
             return False
-        start = sequence.slot * self._rows.pages_a_sequence
-        self._rows.pages[start : start + len(sequence.pages)] = sequence.pages
+        self._rows.enter_pages(sequence)
         return True
 
-    def _check(self, parts: Sequence[StepPart]) -> list[tuple[CudaSequence, int, int, bool]]:
-        """(sequence, token id, position, whether logits are wanted) of each row; refuses before any work."""
+    def _check(self, parts: Sequence[StepPart]) -> list[Row]:
+        """The rows of a step; refuses before any work."""
         vocab_size = self.model.plan.program.vocab_size
-        rows: list[tuple[CudaSequence, int, int, bool]] = []
+        rows: list[Row] = []
         needed = 0
         seen: set[int] = set()
         for part in parts:
@@ -253,11 +218,13 @@ class CudaRuntime:
                 wanted = part.logits == "all" or (part.logits == "last" and i == len(part.token_ids) - 1)
                 rows.append((sequence, int(token), sequence.length + i, wanted))
         if needed > self._pool.free:
-            raise InputError(f"{needed} more pages of KV cache are needed, {self._pool.free} are free; close a sequence")
+            raise InputError(
+                f"{needed} more pages of KV cache are needed, {self._pool.free} are free; close a sequence"
+            )
         return rows
 
-    def _chunk(self, rows: Sequence[tuple[CudaSequence, int, int, bool]], *, graph: bool) -> list[NDArray[np.float32]]:
-        wanted = self._write_rows(rows)
+    def _chunk(self, rows: list[Row], *, graph: bool) -> list[NDArray[np.float32]]:
+        wanted = self._rows.send(rows, self.stream)
         if graph:
             self._decode_graph("logits").launch(self.stream)
             return [self._read_logits(1)]
@@ -266,31 +233,19 @@ class CudaRuntime:
         for start in range(0, len(wanted), LOGIT_ROWS):
             size = min(LOGIT_ROWS, len(wanted) - start)
             if start:
-                self._rows.selected[:size] = wanted[start : start + size]
-                self.stream.copy_from_host(self._rows.memory.address, self._rows.host.address, self._rows.memory.nbytes)
+                self._rows.select(wanted[start : start + size], self.stream)
             self._run("head", size)
             out.append(self._read_logits(size))
         if not out:
             self.stream.synchronize()
         return out
 
-    def _write_rows(self, rows: Sequence[tuple[CudaSequence, int, int, bool]]) -> list[int]:
-        """Bring the rows of a step to the device; the numbers of those whose logits are wanted."""
-        self.stream.synchronize()  # the pinned copy may still be read by the copy before
-        for i, (sequence, token, position, _) in enumerate(rows):
-            self._rows.token_ids[i] = token
-            self._rows.positions[i] = position
-            self._rows.tables[i] = sequence.slot * self._rows.pages_a_sequence
-        wanted = [i for i, row in enumerate(rows) if row[3]]
-        self._rows.selected[: len(wanted)] = wanted
-        self.stream.copy_from_host(self._rows.memory.address, self._rows.host.address, self._rows.memory.nbytes)
-        return wanted
-
     def _read_logits(self, rows: int) -> NDArray[np.float32]:
         vocab_size = self.model.plan.program.vocab_size
         self.stream.copy_to_host(self._logits.address, self._logits_address, 4 * rows * vocab_size)
         self.stream.synchronize()
-        return self._logits.array.view(np.float32)[: rows * vocab_size].reshape(rows, vocab_size).copy()
+        logits: NDArray[np.float32] = self._logits.array.view(np.float32)[: rows * vocab_size]
+        return logits.reshape(rows, vocab_size).copy()
 
     # launches ---------------------------------------------------------------------------------------------------
 
@@ -377,8 +332,8 @@ class CudaRuntime:
             vocab_size=self.model.plan.program.vocab_size,
             partial=scratch.address,
             arrivals=scratch.address + 12 * BLOCKS,
-            token_ids=self._rows.address(0),
-            positions=self._rows.address(1),
+            token_ids=self._rows.token_ids,
+            positions=self._rows.positions,
             steps=self._steps_address,
             chosen=self._chosen.device_address,
             ring=RING,
@@ -394,17 +349,14 @@ class CudaRuntime:
         self.epoch += 1
         graph = self._decode_graph("greedy")
         self._reserve(sequence, sequence.length + 1)
-        self._write_rows([(sequence, token, sequence.length, True)])
+        self._rows.send([(sequence, token, sequence.length, True)], self.stream)
         return self._launch_greedy(graph)
 
     def continue_greedy(self, sequence: CudaSequence) -> tuple[Any, int]:
         """Feed the token just chosen, wherever it is, and choose the next one."""
         self.device.make_current()
         if self._reserve(sequence, sequence.length + 1):
-            start = 4 * sequence.slot * self._rows.pages_a_sequence
-            address = self._rows.address(4) + start
-            host = self._rows.host.address + (self._rows.address(4) - self._rows.memory.address) + start
-            self.stream.copy_from_host(address, host, 4 * len(sequence.pages))
+            self._rows.send_pages(sequence, self.stream)
         return self._launch_greedy(self._decode_graph("greedy"))
 
     def _launch_greedy(self, graph: Any) -> tuple[Any, int]:
@@ -427,7 +379,7 @@ class CudaRuntime:
             self.device.make_current()
             self.clear_decode_graph()
             self.stream.synchronize()
-            for memory in (*self._owned, self._rows.memory, self._rows.host):
+            for memory in self._owned:
                 memory.close()
             self._owned.clear()
             for module in self._modules.values():

@@ -50,7 +50,7 @@ class KernelSources:
         quantize_activations: bool,
     ) -> Source:
         """Linear maps of one input, see ``ops/gemv.cu``."""
-        defines = {
+        defines: dict[str, str | int] = {
             "COLS": columns,
             "TOKENS": tokens,
             "THREADS": GEMV_THREADS,
@@ -65,12 +65,12 @@ class KernelSources:
     def embed(self, weight: PlannedWeight) -> Source:
         """Rows of a weight by id, see ``ops/embed.cu``."""
         qtype = weight.tensor.qtype.name
-        defines = {"WEIGHT": f"Tile<{_tiling(weight)}>", "QTYPE": qtype, "COLS": weight.columns}
+        defines: dict[str, str | int] = {"WEIGHT": f"Tile<{_tiling(weight)}>", "QTYPE": qtype, "COLS": weight.columns}
         return self._source("embed.cu", defines, [qtype])
 
     def attention(self, attention: Attention, kv_type: str, splits: int) -> Source:
         """See ``ops/attention.cu``."""
-        defines = {
+        defines: dict[str, str | int] = {
             "HEAD_DIM": attention.head_dim,
             "GROUP": attention.num_heads // attention.num_kv_heads,
             "KV": _KV[kv_type],
@@ -83,7 +83,7 @@ class KernelSources:
     def place(self, group: PlaceGroup, kv_type: str) -> Source:
         """See ``ops/place.cu``."""
         rope, norm = group.q_rope, group.q_norm
-        defines = {
+        defines: dict[str, str | int] = {
             "HEAD_DIM": group.write.head_dim,
             "Q_HEADS": group.attention.num_heads,
             "KV_HEADS": group.write.num_kv_heads,

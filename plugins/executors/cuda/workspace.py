@@ -22,7 +22,9 @@ class Workspace:
 
 
 def place_buffers(
-    uses: Sequence[tuple[Sequence[Buffer], Sequence[Buffer]]], rows: Callable[[Buffer], int], keep: Sequence[Buffer] = ()
+    uses: Sequence[tuple[Sequence[Buffer], Sequence[Buffer]]],
+    rows: Callable[[Buffer], int],
+    keep: Sequence[Buffer] = (),
 ) -> Workspace:
     """Place every buffer so that no two that live at the same time overlap.
 

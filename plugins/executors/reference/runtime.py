@@ -19,6 +19,7 @@ from mortice.core.plugin.events import StepDone
 from mortice.core.plugin.interfaces import Emit, RuntimeSettings, StepPart, TokenSequence
 from mortice.core.text.params import GenerationParams, SamplingParams
 from mortice.plugins.executors.reference import ops
+from mortice.plugins.executors.reference.bandwidth import read_bandwidth
 from mortice.plugins.executors.reference.kv_cache import ReferenceSequence
 from mortice.plugins.executors.reference.layouts import FileLayout, expand
 
@@ -75,6 +76,7 @@ class _Bound:
     """An operator ready to run; `ends` are the values no later one needs."""
 
     name: str
+    label: str
     run: Run
     inputs: list[int]
     outputs: list[int]
@@ -108,18 +110,34 @@ class ReferenceRuntime:
                 if last_uses[buffer] == place and buffer != program.logits
             ]
             run = _lower(operator, [weights[index] for index in bound.weights])
-            self._plan.append(_Bound(operator.name, run, inputs, outputs, ends))
+            label = operator.kind
+            if isinstance(operator, op.Linear):
+                label += f" {self.model.plan.weights[bound.weights[0]].tensor.qtype.name}"
+            self._plan.append(_Bound(operator.name, label, run, inputs, outputs, ends))
         self._logits = numbers[program.logits]
 
     def new_sequence(self) -> ReferenceSequence:
         return ReferenceSequence(self.model.plan.program.kv, self.settings.context_length)
 
     def step(self, parts: Sequence[StepPart]) -> Array:
+        return self._timed_step(parts, None)
+
+    def profile(self, parts: Sequence[StepPart]) -> list[tuple[str, float]]:
+        """Run a step; the kind of each operator, its weight's type after it, and the seconds it took."""
+        times: list[tuple[str, float]] = []
+        self._timed_step(parts, times)
+        return times
+
+    def measure_read_bandwidth(self) -> float:
+        """Bytes a second that all cores together read from memory, measured now."""
+        return read_bandwidth()
+
+    def _timed_step(self, parts: Sequence[StepPart], times: list[tuple[str, float]] | None) -> Array:
         started = time.perf_counter()
         step = self._prepare(parts)
         # what overflows shows in the logits, and is reported there
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            logits = self._run(step)
+            logits = self._run(step, times)
         if not np.isfinite(logits).all():
             raise ExecutionError("the logits hold NaN or infinity: the weights are broken, or float32 overflowed")
         for sequence, first, last in step.parts:
@@ -127,9 +145,10 @@ class ReferenceRuntime:
         self.emit(StepDone(tokens=len(step.token_ids), seconds=time.perf_counter() - started))
         return logits
 
-    def _run(self, step: _Step) -> Array:
+    def _run(self, step: _Step, times: list[tuple[str, float]] | None) -> Array:
         values: dict[int, Array] = {}
         for bound in self._plan:
+            started = time.perf_counter()
             try:
                 results = bound.run(step, [values[number] for number in bound.inputs])
             except (FloatingPointError, ValueError, MemoryError) as error:
@@ -137,6 +156,8 @@ class ReferenceRuntime:
             values.update(zip(bound.outputs, results, strict=True))
             for number in bound.ends:
                 values.pop(number, None)
+            if times is not None:
+                times.append((bound.label, time.perf_counter() - started))
         return values[self._logits]
 
     def device_chooser(self, sequence: TokenSequence, sampling: SamplingParams, generation: GenerationParams) -> None:

@@ -23,8 +23,8 @@ struct BF16 {
     static __device__ __forceinline__ float4 dequantise4(const Weight32& w, int group) {
         const uint4& part = w.part[group / 2];
         const uint32 first = group % 2 ? part.z : part.x, second = group % 2 ? part.w : part.y;
-        return make_float4(__uint_as_float(first << 16), __uint_as_float(first & 0xffff0000u), __uint_as_float(second << 16),
-                           __uint_as_float(second & 0xffff0000u));
+        return make_float4(__uint_as_float(first << 16), __uint_as_float(first & 0xffff0000u),
+                           __uint_as_float(second << 16), __uint_as_float(second & 0xffff0000u));
     }
 
     template <int kElements>

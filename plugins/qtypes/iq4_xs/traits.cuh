@@ -24,7 +24,7 @@ struct IQ4_XS {
 
     template <class Memory, int kElements>
     static __device__ __forceinline__ Weight32 load(const uint8* tile, int chunk) {
-        return {Memory::u128(tile + 16 * chunk), Memory::u64(tile + kElements / 2 + 8 * (chunk / 8)), chunk % 8};
+        return {Memory::u128(tile + 16 * chunk), Memory::u64(tile + kElements / 2 + 8 * (chunk >> 3)), chunk & 7};
     }
 
     // Four signed integers, one a byte.
@@ -42,10 +42,11 @@ struct IQ4_XS {
 
     template <int kElements>
     static __device__ __forceinline__ void repack(const uint8* block, uint8* tile, int chunk) {
-        const int c = chunk % 8;
+        const int c = chunk & 7;
         put_u128(tile + 16 * chunk, gather_iq4_codes<IQ4_XS>(block + 8 + 16 * c));
         if (c == 0) {
-            put_u64(tile + kElements / 2 + 8 * (chunk / 8), make_uint2(raw_word<IQ4_XS>(block), raw_word<IQ4_XS>(block + 4)));
+            const uint2 head = make_uint2(raw_word<IQ4_XS>(block), raw_word<IQ4_XS>(block + 4));
+            put_u64(tile + kElements / 2 + 8 * (chunk >> 3), head);
         }
     }
 };

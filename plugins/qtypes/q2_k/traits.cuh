@@ -24,7 +24,7 @@ struct Q2_K {
     template <class Memory, int kElements>
     static __device__ __forceinline__ Weight32 load(const uint8* tile, int chunk) {
         return {Memory::u64(tile + 8 * chunk), Memory::u16(tile + kElements / 4 + 2 * chunk),
-                Memory::u32(tile + kElements / 16 * 5 + 4 * (chunk / 8))};
+                Memory::u32(tile + kElements / 16 * 5 + 4 * (chunk >> 3))};
     }
 
     // Four integers of 0 … 3, one a byte.
@@ -46,9 +46,9 @@ struct Q2_K {
 
     template <int kElements>
     static __device__ __forceinline__ void repack(const uint8* block, uint8* tile, int chunk) {
-        const int c = chunk % 8;
+        const int c = chunk & 7;
         put_u64(tile + 8 * chunk, gather_pairs<Q2_K>(block + 16 + 32 * (c / 4), 2 * (c % 4)));
         put_u16(tile + kElements / 4 + 2 * chunk, reinterpret_cast<const uint16*>(block)[c]);
-        if (c == 0) put_u32(tile + kElements / 16 * 5 + 4 * (chunk / 8), raw_word<Q2_K>(block + 80));
+        if (c == 0) put_u32(tile + kElements / 16 * 5 + 4 * (chunk >> 3), raw_word<Q2_K>(block + 80));
     }
 };

@@ -26,13 +26,13 @@ struct Q3_K {
 
     template <class Memory, int kElements>
     static __device__ __forceinline__ Weight32 load(const uint8* tile, int chunk) {
-        const uint8* scales = tile + kElements / 8 * 3 + 12 * (chunk / 8);
-        const int c = chunk % 8;
+        const uint8* scales = tile + kElements / 8 * 3 + 12 * (chunk >> 3);
+        const int c = chunk & 7;
         return {Memory::u64(tile + 8 * chunk),
                 Memory::u32(tile + kElements / 4 + 4 * chunk),
-                Memory::u32(scales + 4 * (c / 2 % 2)),
+                Memory::u32(scales + 4 * (c >> 1 & 1)),
                 Memory::u32(scales + 8),
-                Memory::u16(tile + kElements / 128 * 54 + 2 * (chunk / 8)),
+                Memory::u16(tile + kElements / 128 * 54 + 2 * (chunk >> 3)),
                 c};
     }
 
@@ -43,7 +43,8 @@ struct Q3_K {
 
     static __device__ __forceinline__ float dot(const Weight32& w, const Activation32& x) {
         const int2 scales = w.scales();
-        const int sum = scales.x * (dot_low<Q3_K>(w, x) - 4 * x.sum_low) + scales.y * (dot_high<Q3_K>(w, x) - 4 * x.sum_high);
+        const int sum = scales.x * (dot_low<Q3_K>(w, x) - 4 * x.sum_low) +
+                        scales.y * (dot_high<Q3_K>(w, x) - 4 * x.sum_high);
         return x.scale * half_bits(w.d) * static_cast<float>(sum);
     }
 
@@ -55,7 +56,7 @@ struct Q3_K {
 
     template <int kElements>
     static __device__ __forceinline__ void repack(const uint8* block, uint8* tile, int chunk) {
-        const int c = chunk % 8;
+        const int c = chunk & 7;
         put_u64(tile + 8 * chunk, gather_pairs<Q3_K>(block + 32 + 32 * (c / 4), 2 * (c % 4)));
         put_u32(tile + kElements / 4 + 4 * chunk, gather_bits<Q3_K>(block, c));
         if (c != 0) return;
@@ -64,10 +65,10 @@ struct Q3_K {
         for (int pair = 0; pair < 8; ++pair) {
             put_six_bit_pair(words, pair, scale_in_file(block + 96, 2 * pair), scale_in_file(block + 96, 2 * pair + 1));
         }
-        uint8* scales = tile + kElements / 8 * 3 + 12 * (chunk / 8);
+        uint8* scales = tile + kElements / 8 * 3 + 12 * (chunk >> 3);
 #pragma unroll
         for (int i = 0; i < 3; ++i) put_u32(scales + 4 * i, words[i]);
-        put_u16(tile + kElements / 128 * 54 + 2 * (chunk / 8), *reinterpret_cast<const uint16*>(block + 108));
+        put_u16(tile + kElements / 128 * 54 + 2 * (chunk >> 3), *reinterpret_cast<const uint16*>(block + 108));
     }
 
   private:

@@ -24,7 +24,7 @@ struct Q4_1 {
 
     static __device__ __forceinline__ float dot(const Weight32& w, const Activation32& x) {
         const float2 factors = half2_bits(w.factors);
-        const float sum = static_cast<float>(dot_all<Q4_1>(w, x));
+        const float sum = static_cast<float>(dot_nibbles(w.q, x));
         return x.scale * (factors.x * sum + factors.y * static_cast<float>(x.sum_low + x.sum_high));
     }
 

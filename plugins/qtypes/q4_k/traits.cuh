@@ -19,27 +19,24 @@ struct Q4_K {
     // The eight lanes of a block read the same head.
     template <class Memory, int kElements>
     static __device__ __forceinline__ Weight32 load(const uint8* tile, int chunk) {
-        return {Memory::u128(tile + 16 * chunk), Memory::u128(tile + kElements / 2 + 16 * (chunk / 8)), chunk % 8};
+        return {Memory::u128(tile + 16 * chunk), Memory::u128(tile + kElements / 2 + 16 * (chunk >> 3)), chunk & 7};
     }
 
     // Four integers of 0 … 15, one a byte.
     static __device__ __forceinline__ uint32 integers4(const Weight32& w, int group) { return nibbles4(w.q, group); }
 
     static __device__ __forceinline__ float dot(const Weight32& w, const Activation32& x) {
-        const ScaleAndMinimum f = ScaleAndMinimum::of(w.head, w.c);
-        const float sum = static_cast<float>(dot_all<Q4_K>(w, x));
-        return x.scale * (f.scale * sum - f.minimum * static_cast<float>(x.sum_low + x.sum_high));
+        return x.scale * ScaleAndMinimum::of(w.head, w.c).apply(dot_nibbles(w.q, x), x.sum_low + x.sum_high);
     }
 
     static __device__ __forceinline__ float4 dequantise4(const Weight32& w, int group) {
-        const ScaleAndMinimum f = ScaleAndMinimum::of(w.head, w.c);
-        return affine4(integers4(w, group), f.scale, -f.minimum);
+        return ScaleAndMinimum::of(w.head, w.c).apply4(integers4(w, group));
     }
 
     template <int kElements>
     static __device__ __forceinline__ void repack(const uint8* block, uint8* tile, int chunk) {
-        const int c = chunk % 8;
+        const int c = chunk & 7;
         put_u128(tile + 16 * chunk, gather_nibbles<Q4_K>(block + 16 + 32 * (c / 2), 4 * (c % 2)));
-        if (c == 0) ScaleAndMinimum::repack<Q4_K>(block, tile + kElements / 2 + 16 * (chunk / 8));
+        if (c == 0) ScaleAndMinimum::repack<Q4_K>(block, tile + kElements / 2 + 16 * (chunk >> 3));
     }
 };

@@ -21,8 +21,8 @@ struct Q5_K {
     // The eight lanes of a block read the same head.
     template <class Memory, int kElements>
     static __device__ __forceinline__ Weight32 load(const uint8* tile, int chunk) {
-        return {Memory::u128(tile + 16 * chunk), Memory::u128(tile + kElements / 8 * 5 + 16 * (chunk / 8)),
-                Memory::u32(tile + kElements / 2 + 4 * chunk), chunk % 8};
+        return {Memory::u128(tile + 16 * chunk), Memory::u128(tile + kElements / 8 * 5 + 16 * (chunk >> 3)),
+                Memory::u32(tile + kElements / 2 + 4 * chunk), chunk & 7};
     }
 
     // Four integers of 0 … 31, one a byte.
@@ -31,21 +31,18 @@ struct Q5_K {
     }
 
     static __device__ __forceinline__ float dot(const Weight32& w, const Activation32& x) {
-        const ScaleAndMinimum f = ScaleAndMinimum::of(w.head, w.c);
-        const float sum = static_cast<float>(dot_all<Q5_K>(w, x));
-        return x.scale * (f.scale * sum - f.minimum * static_cast<float>(x.sum_low + x.sum_high));
+        return x.scale * ScaleAndMinimum::of(w.head, w.c).apply(dot_all<Q5_K>(w, x), x.sum_low + x.sum_high);
     }
 
     static __device__ __forceinline__ float4 dequantise4(const Weight32& w, int group) {
-        const ScaleAndMinimum f = ScaleAndMinimum::of(w.head, w.c);
-        return affine4(integers4(w, group), f.scale, -f.minimum);
+        return ScaleAndMinimum::of(w.head, w.c).apply4(integers4(w, group));
     }
 
     template <int kElements>
     static __device__ __forceinline__ void repack(const uint8* block, uint8* tile, int chunk) {
-        const int c = chunk % 8;
+        const int c = chunk & 7;
         put_u128(tile + 16 * chunk, gather_nibbles<Q5_K>(block + 48 + 32 * (c / 2), 4 * (c % 2)));
         put_u32(tile + kElements / 2 + 4 * chunk, gather_bits<Q5_K>(block + 16, c));
-        if (c == 0) ScaleAndMinimum::repack<Q5_K>(block, tile + kElements / 8 * 5 + 16 * (chunk / 8));
+        if (c == 0) ScaleAndMinimum::repack<Q5_K>(block, tile + kElements / 8 * 5 + 16 * (chunk >> 3));
     }
 };

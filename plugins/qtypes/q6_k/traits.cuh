@@ -24,7 +24,7 @@ struct Q6_K {
     static __device__ __forceinline__ Weight32 load(const uint8* tile, int chunk) {
         return {Memory::u128(tile + 16 * chunk), Memory::u64(tile + kElements / 2 + 8 * chunk),
                 Memory::u16(tile + kElements / 4 * 3 + 2 * chunk),
-                Memory::u16(tile + kElements / 16 * 13 + 2 * (chunk / 8))};
+                Memory::u16(tile + kElements / 16 * 13 + 2 * (chunk >> 3))};
     }
 
     // Four integers of 0 … 63, one a byte.
@@ -45,10 +45,11 @@ struct Q6_K {
 
     template <int kElements>
     static __device__ __forceinline__ void repack(const uint8* block, uint8* tile, int chunk) {
-        const int c = chunk % 8;
+        const int c = chunk & 7;
         put_u128(tile + 16 * chunk, gather_nibbles<Q6_K>(block + 64 * (c / 4) + 32 * (c % 2), 4 * (c / 2 % 2)));
         put_u64(tile + kElements / 2 + 8 * chunk, gather_pairs<Q6_K>(block + 128 + 32 * (c / 4), 2 * (c % 4)));
         put_u16(tile + kElements / 4 * 3 + 2 * chunk, reinterpret_cast<const uint16*>(block + 192)[c]);
-        if (c == 0) put_u16(tile + kElements / 16 * 13 + 2 * (chunk / 8), *reinterpret_cast<const uint16*>(block + 208));
+        if (c != 0) return;
+        put_u16(tile + kElements / 16 * 13 + 2 * (chunk >> 3), *reinterpret_cast<const uint16*>(block + 208));
     }
 };

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+
 from mortice.core.plugin.interfaces import QuantizationType
 from mortice.plugins.executors.cuda.flatten import flatten
 from mortice.plugins.executors.cuda.layouts import TileGeometry, TileLayout, tile_geometry
 from mortice.plugins.qtypes import mortice_qtypes
-from numpy.typing import NDArray
 
 OPS = Path(__file__).parents[3] / "plugins" / "executors" / "cuda" / "ops"
 PROBE = Path(__file__).parent / "probe.cuh"

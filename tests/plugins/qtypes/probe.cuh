@@ -27,7 +27,8 @@ extern "C" __global__ void probe(const uint8* tiles, const int8* q, const float*
     constexpr int kRowChunks = COLS / 32, kTilesAcross = COLS / T::kCols;
     for (int at = blockIdx.x * blockDim.x + threadIdx.x; at < rows * kRowChunks; at += gridDim.x * blockDim.x) {
         const int row = at / kRowChunks, column = at % kRowChunks;
-        const uint8* tile = tiles + static_cast<uint64>(row / T::kRows * kTilesAcross + column / T::kRowChunks) * T::kBytes;
+        const int index = row / T::kRows * kTilesAcross + column / T::kRowChunks;
+        const uint8* tile = tiles + static_cast<uint64>(index) * T::kBytes;
         const auto w = T::template load<MEMORY>(tile, row % T::kRows, column % T::kRowChunks);
 #pragma unroll
         for (int group = 0; group < 8; ++group) {

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+
 from mortice.core.model.qtypes import QType
 from mortice.core.plugin.interfaces import QuantizationType
 from mortice.plugins.executors.cuda.layouts import tile_geometry
-from numpy.typing import NDArray
-
 from tests.plugins.qtypes.blocks import NAMES, TYPES, stored
 
 
@@ -27,10 +27,12 @@ def places(name: str) -> NDArray[np.intp]:
     piece_bytes = type_.qtype.row_bytes(max(32, type_.qtype.block_elements))
     numbers = np.arange(8 * piece_bytes)
     digits = range(int(numbers[-1]).bit_length())
-    pieces = np.packbits(np.stack([numbers >> digit & 1 for digit in digits]).astype(np.uint8), axis=1, bitorder="little")
+    pieces = np.packbits(
+        np.stack([numbers >> digit & 1 for digit in digits]).astype(np.uint8), axis=1, bitorder="little"
+    )
     planes = np.hstack(type_.planes(pieces))
     bits = np.unpackbits(planes, axis=1, bitorder="little").astype(np.intp)
-    return (bits << np.arange(len(digits))[:, None]).sum(axis=0)
+    return np.asarray((bits << np.arange(len(digits))[:, None]).sum(axis=0), np.intp)
 
 
 def restored(type_: QuantizationType, tiles: NDArray[np.uint8], rows: int, columns: int) -> NDArray[np.uint8]:

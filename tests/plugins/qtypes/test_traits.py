@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mortice.plugins.executors.cuda.nvrtc import Source, compile_cubin
 from numpy.typing import NDArray
 
+from mortice.plugins.executors.cuda.nvrtc import Source, compile_cubin
 from tests.plugins.qtypes.blocks import (
     NAMES,
     OPS,
@@ -42,8 +42,9 @@ def build(folder: Path, name: str, rows: int, columns: int) -> ctypes.CDLL:
     macros = defines(TYPES[name], rows, columns) | {"MEMORY": "SharedTile"}
     library = folder / "probe.so"
     flags = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-ffp-contract=off", "-w", "-shared", "-fPIC"]
-    command = [COMPILER, *flags, *(f"-D{key}={value}" for key, value in macros.items()), f"-I{folder}", "-o", library]
-    done = subprocess.run([*command, folder / "probe.cpp"], capture_output=True, text=True, check=False)
+    flags += [f"-D{key}={value}" for key, value in macros.items()]
+    command = [str(COMPILER), *flags, f"-I{folder}", "-o", str(library), str(folder / "probe.cpp")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[:4000]
     return ctypes.CDLL(str(library))
 

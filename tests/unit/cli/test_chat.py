@@ -82,6 +82,7 @@ def test_a_script_is_told_of_a_message_that_is_refused(mortice: Mortice, tiny: P
     assert ran.code == 2
     assert "wanted fewer than the context's 40" in ran.err
     assert mortice("chat", "-m", tiny, stdin=b"/nope\n").code == 2
+    assert mortice("chat", "-m", tiny, stdin=b"\xff\n").code == 2
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_chat(

@@ -128,7 +128,8 @@ __device__ __forceinline__ void read_input(const GemvArgs& args, const Input& in
     }
 }
 
-constexpr int kInFlight = 4;  // chunks a lane loads before it uses the first
+// Chunks a lane loads before it uses the first. Several tokens are bound by arithmetic, and need the registers.
+constexpr int kInFlight = TOKENS == 1 ? 4 : 1;
 
 template <class S>
 __device__ __forceinline__ void add_chunk(const typename S::Q::Weight32& w, const Input& input, int chunk, float* sums) {
@@ -254,7 +255,7 @@ __device__ __forceinline__ void prefetch_units(SegmentList<S...>, const GemvArgs
     prefetch_unit<0, S...>(args, unit);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) gemv(const __grid_constant__ GemvArgs args) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) gemv(const __grid_constant__ GemvArgs args) {
     extern __shared__ __align__(16) uint8 shared[];
     __shared__ float scratch[kWarp];
     constexpr int kUnits = GATED ? units(Segments{}) / 2 : units(Segments{});

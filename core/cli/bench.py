@@ -1,0 +1,133 @@
+"""``mortice bench``: how fast a model runs here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from attrs import evolve
+from cyclopts import Parameter
+
+from mortice.core.cli.flags import (
+    ConfigFile,
+    ConfigFlags,
+    ContractFlag,
+    ExecutorFlags,
+    OutputFlags,
+    PluginFlags,
+    settings,
+)
+from mortice.core.cli.render import Screen
+from mortice.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mortice.core.bench.results import BenchReport, BenchSettings
+    from mortice.core.config import RunConfig
+    from mortice.core.pipeline import Pipeline
+
+__all__ = ["bench"]
+
+
+def _counts(_: Any, tokens: Sequence[Any]) -> tuple[int, ...]:
+    """Numbers separated by commas, of one flag or of several."""
+    return tuple(int(part) for token in tokens for part in token.value.split(","))
+
+
+def _list(name: str, long_name: str, help_text: str) -> Parameter:
+    return Parameter(name=(name, long_name), help=help_text, converter=_counts, negative=(), n_tokens=1)
+
+
+def bench(
+    model: Annotated[str, Parameter(help="A model file, or SHAPE:RECIPE for random weights (see mortice synth).")],
+    /,
+    *,
+    prompt_tokens: Annotated[
+        tuple[int, ...], _list("-p", "--prompt-tokens", "Lengths of prompts, separated by commas; 0 for none.")
+    ] = (512,),
+    generated_tokens: Annotated[
+        tuple[int, ...], _list("-n", "--generated-tokens", "Numbers of tokens to generate; 0 for none.")
+    ] = (128,),
+    depths: Annotated[
+        tuple[int, ...], _list("-d", "--depths", "Tokens in the KV cache before each measurement.")
+    ] = (0,),
+    repeats: Annotated[int, Parameter(name=("-r", "--repeats"), help="Measurements of each kind.")] = 5,
+    form: Annotated[
+        Literal["md", "json", "csv", "plot"], Parameter(name=("-o", "--format"), help="How results are printed.")
+    ] = "md",
+    profile: Annotated[
+        bool, Parameter(negative=(), help="Also time each kind of operator.", show_default=False)
+    ] = False,
+    config: ConfigFile = None,
+    contract: ContractFlag | None = None,
+    executor: ExecutorFlags | None = None,
+    plugins: PluginFlags | None = None,
+    any_key: ConfigFlags | None = None,
+    output: OutputFlags | None = None,
+) -> int:
+    """Measure prefill and decode speed, the bytes they move, and the way to the first token.
+
+    The context is as long as the measurement needs, unless --context says otherwise.
+
+    """
+    from mortice.core.bench.measure import bench as measure
+    from mortice.core.bench.report import load_plotext
+    from mortice.core.bench.results import BenchSettings
+
+    output = output or OutputFlags()
+    if output.json and form not in ("md", "json"):
+        raise ConfigError(f"--json and -o {form}: found both, wanted one")
+    if form == "plot":
+        load_plotext()  # a missing package is better known before than after
+    wanted = BenchSettings(
+        prompt_tokens=prompt_tokens,
+        generated_tokens=generated_tokens,
+        depths=depths,
+        repeats=repeats,
+        profile=profile,
+    )
+    screen = Screen(json=output.json or form == "json", quiet=output.quiet)
+    chosen = settings(config, contract, executor, plugins, any_key).config
+    report = measure(_opener(model, chosen, wanted), wanted, screen.note)
+    _print(screen, report, form)
+    return 0
+
+
+def _opener(model: str, config: RunConfig, wanted: BenchSettings) -> Callable[[], Pipeline]:
+    """Opens and plans the model; random weights are made now, so that their making is not measured."""
+    from mortice.core.pipeline import prepare, prepare_opened, registry_for
+    from mortice.core.synth.model import is_shape_and_recipe, synth_model
+
+    automatic = config.executor.context == 0
+    if automatic:
+        config = evolve(config, executor=evolve(config.executor, context=wanted.needed_context))
+    config = evolve(config, model=evolve(config.model, path=Path(model)))
+    registry = registry_for(config)
+    made = synth_model(*model.split(":", 1)) if is_shape_and_recipe(model) else None
+
+    def open_pipeline() -> Pipeline:
+        try:
+            if made is not None:
+                return prepare_opened(config, registry, made)
+            return prepare(config, registry)
+        except ConfigError as error:
+            if automatic and str(error).startswith("executor.context"):
+                raise ConfigError(
+                    f"bench: prompt, generated tokens and depth need a context of {wanted.needed_context} tokens; {error}"
+                ) from error
+            raise
+
+    return open_pipeline
+
+
+def _print(screen: Screen, report: BenchReport, form: str) -> None:
+    from mortice.core.bench.report import as_dict, csv_text, markdown, plot
+
+    screen.result(as_dict(report))
+    match form:
+        case "csv":
+            screen.say(csv_text(report).rstrip("\n"))
+        case "plot":
+            screen.say(plot(report))
+        case _:
+            screen.say(markdown(report))

@@ -1,0 +1,250 @@
+"""Models with the shapes of published ones and random weights: for speed, where what a model says does not matter.
+
+Weights are windows into a few large arrays of random valid blocks, so that a model is made in seconds and takes little
+memory. No two tensors start at the same block, but tensors overlap.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from attrs import define, evolve, field, frozen
+from numpy.typing import NDArray
+
+from mortice.arch_contracts.schema import Contract, Role, builtin_contracts
+from mortice.core.errors import ConfigError
+from mortice.core.model.qtypes import QType
+from mortice.core.model.types import MetadataValue, ModelFile, TensorView
+from mortice.core.synth.recipes import RECIPES, Mix, Tensor
+from mortice.core.synth.shapes import SHAPES, Shape
+from mortice.core.testing.blocks import encode
+from mortice.core.testing.gguf_files import TensorData, write_gguf
+from mortice.core.testing.vocabulary import tiny_vocabulary
+
+__all__ = ["is_shape_and_recipe", "synth_model", "write_model"]
+
+_POOL_ELEMENTS = 1 << 20
+"""Random values made for each type and scale; the rest is their blocks in random order."""
+
+_LEARNED_TOKENS = 512
+_CONTROL = 3
+
+
+def is_shape_and_recipe(text: str) -> bool:
+    """Whether a text has the form SHAPE:RECIPE, such as ``Llama-3.2-1B:Q4_K_M``, and is no file."""
+    return ":" in text and not Path(text).exists()
+
+
+def synth_model(shape: str, recipe: str, *, seed: int = 0, layers: int | None = None) -> ModelFile:
+    """A model of a known shape in memory, its weights random.
+
+    Activations stay finite: weights have a standard deviation of ``1 / sqrt(columns)``, norms are near 1.
+
+    Args:
+        shape: one of `SHAPES`; upper or lower case does not matter.
+        recipe: one of `RECIPES`; the same.
+        seed: the same arguments give the same bytes.
+        layers: how many layers instead of the shape's own; the mix is that of a model with so many.
+
+    Raises:
+        ConfigError: for an unknown shape or recipe, naming the nearest, or fewer layers than one.
+
+    """
+    shape, recipe = _known("shape", shape, SHAPES), _known("recipe", recipe, RECIPES)
+    chosen = SHAPES[shape]
+    if layers is not None:
+        if layers < 1:
+            raise ConfigError(f"layers: found {layers}, wanted at least 1")
+        chosen = evolve(chosen, num_layers=layers)
+    draft = _Draft(name=shape, shape=chosen, mix=RECIPES[recipe], seed=seed)
+    path = Path(f"{shape}:{recipe}")
+    metadata = draft.metadata()
+    tensors = {tensor.name: tensor.view(path) for tensor in draft.tensors()}
+    return ModelFile(
+        path=path, format="synth", version="1", metadata=metadata, tensors=tensors, files=(), loader="synth"
+    )
+
+
+def write_model(file: ModelFile, path: Path) -> Path:
+    """Write a model as a GGUF file."""
+    tensors = (TensorData(view.name, view.shape, view.qtype, view.data) for view in file.tensors.values())
+    return write_gguf(path, file.architecture, file.metadata, tensors)
+
+
+def _known(what: str, name: str, names: Collection[str]) -> str:
+    """The name as it is spelt in `names`."""
+    spelling = {known.lower(): known for known in names}
+    found = spelling.get(name.lower())
+    if found is None:
+        near = difflib.get_close_matches(name.lower(), spelling, 1)
+        hint = f", did you mean {spelling[near[0]]!r}?" if near else ";"
+        raise ConfigError(f"{what}: unknown {name!r}{hint} have {', '.join(names)}")
+    return found
+
+
+@frozen
+class _Slot:
+    name: str
+    tensor: Tensor
+    qtype: QType
+
+
+@define(eq=False, kw_only=True)
+class _Draft:
+    name: str
+    shape: Shape
+    mix: Mix
+    seed: int
+    _rng: np.random.Generator = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._rng = np.random.default_rng(self.seed)
+
+    # metadata ---------------------------------------------------------------------------------------------------
+
+    def metadata(self) -> dict[str, MetadataValue]:
+        shape, prefix = self.shape, self.shape.architecture
+        own_head_dim = shape.head_dim * shape.num_heads != shape.hidden_size
+        return {
+            "general.architecture": prefix,
+            "general.name": f"{self.name} {self.mix.name} with random weights (mortice synth, seed {self.seed})",
+            "general.file_type": self.mix.file_type,
+            "general.quantization_version": 2,
+            f"{prefix}.block_count": shape.num_layers,
+            f"{prefix}.context_length": shape.context_length,
+            f"{prefix}.embedding_length": shape.hidden_size,
+            f"{prefix}.feed_forward_length": shape.ffn_size,
+            f"{prefix}.attention.head_count": shape.num_heads,
+            f"{prefix}.attention.head_count_kv": shape.num_kv_heads,
+            **{f"{prefix}.attention.{key}_length": shape.head_dim for key in (("key", "value") if own_head_dim else ())},
+            f"{prefix}.attention.layer_norm_rms_epsilon": shape.norm_eps,
+            f"{prefix}.rope.freq_base": shape.rope_freq_base,
+            f"{prefix}.rope.dimension_count": shape.head_dim,
+            f"{prefix}.vocab_size": shape.vocab_size,
+            **self._vocabulary(),
+        }
+
+    def _vocabulary(self) -> dict[str, MetadataValue]:
+        """A small vocabulary that any text can be written with, filled up to the size with tokens no text gives."""
+        small = tiny_vocabulary(_LEARNED_TOKENS, pre=self.shape.pre)
+        tokens, types = small["tokenizer.ggml.tokens"], small["tokenizer.ggml.token_type"]
+        assert isinstance(tokens, list)
+        assert isinstance(types, np.ndarray)
+        first_control = int(np.flatnonzero(types == _CONTROL)[0])
+        fill = self.shape.vocab_size - len(tokens)
+        moved = {
+            key: value + fill
+            for key, value in small.items()
+            if key.endswith("_token_id") and isinstance(value, int)
+        }
+        return {
+            **small,
+            **moved,
+            "tokenizer.ggml.tokens": [
+                *tokens[:first_control],
+                *(f"<{number}>" for number in range(fill)),
+                *tokens[first_control:],
+            ],
+            "tokenizer.ggml.token_type": np.concatenate(
+                (types[:first_control], np.ones(fill, types.dtype), types[first_control:])
+            ),
+        }
+
+    # tensors ----------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> Iterator[TensorData]:
+        slots = list(self._slots())
+        sizes: dict[tuple[QType, float], list[int]] = {}
+        for slot in slots:
+            if len(slot.tensor.shape) > 1:
+                sizes.setdefault(_block_key(slot), []).append(slot.qtype.nbytes(slot.tensor.shape))
+        blocks = {key: _Blocks.of(*key, nbytes=nbytes, rng=self._rng) for key, nbytes in sizes.items()}
+        for slot in slots:
+            shape = slot.tensor.shape
+            if len(shape) == 1:
+                yield TensorData.f32(slot.name, self._vector(slot))
+            else:
+                data = blocks[_block_key(slot)].window(slot.qtype.nbytes(shape), self._rng)
+                yield TensorData(slot.name, shape, slot.qtype, data)
+
+    def _slots(self) -> Iterator[_Slot]:
+        contract = _contract(self.shape.architecture)
+        yield from self._slots_of(contract.global_roles, None)
+        for layer in range(self.shape.num_layers):
+            yield from self._slots_of(contract.layer_roles, layer)
+
+    def _slots_of(self, roles: Mapping[str, Role], layer: int | None) -> Iterator[_Slot]:
+        shape = self.shape
+        numbers = {
+            "hidden_size": shape.hidden_size,
+            "ffn_size": shape.ffn_size,
+            "num_heads": shape.num_heads,
+            "num_kv_heads": shape.num_kv_heads,
+            "head_dim": shape.head_dim,
+            "vocab_size": shape.vocab_size,
+            "rope_dim": shape.head_dim,
+        }
+        optional = {"output": not shape.tied, "rope_freqs": shape.rope is not None}
+        for key, role in roles.items():
+            if role.presence == "required" or (role.presence == "optional" and optional.get(key, False)):
+                tensor = Tensor(
+                    role=key,
+                    layer=layer,
+                    num_layers=shape.num_layers,
+                    shape=tuple(int(extent.evaluate(numbers)) for extent in role.shape),
+                    tied=shape.tied,
+                    heads_per_kv_head=shape.num_heads // shape.num_kv_heads,
+                )
+                yield _Slot(role.name.replace("{i}", str(layer)), tensor, self.mix.qtype(tensor))
+
+    def _vector(self, slot: _Slot) -> NDArray[np.float32]:
+        if slot.tensor.role == "rope_freqs":
+            assert self.shape.rope is not None
+            return self.shape.rope.factors(self.shape.head_dim, self.shape.rope_freq_base)
+        noise = np.float32(0.1) * self._rng.standard_normal(slot.tensor.shape, np.float32)
+        return noise if slot.tensor.role.endswith("_bias") else 1 + noise
+
+
+def _contract(architecture: str) -> Contract:
+    return next(contract for contract in builtin_contracts() if architecture in contract.architectures)
+
+
+def _block_key(slot: _Slot) -> tuple[QType, float]:
+    return slot.qtype, 1 / math.sqrt(slot.tensor.shape[-1])
+
+
+@frozen(eq=False)
+class _Blocks:
+    """Random blocks of one type and scale, somewhat more than its largest tensor needs."""
+
+    data: NDArray[np.uint8]
+    step: int
+    """Windows start at multiples of this many bytes: whole blocks, on a cache line."""
+
+    @classmethod
+    def of(cls, qtype: QType, deviation: float, *, nbytes: list[int], rng: np.random.Generator) -> _Blocks:
+        """Room for windows of up to the largest of `nbytes` bytes, `deviation` the standard deviation of values."""
+        step = math.lcm(qtype.block_bytes, 64)
+        values = rng.standard_normal(_POOL_ELEMENTS, np.float32).reshape(-1, max(256, qtype.block_elements))
+        pool = encode(values * np.float32(deviation), qtype, rng).reshape(-1, qtype.block_bytes)
+        # small blocks are drawn in runs, which is faster than one by one
+        run = max(1, 512 // qtype.block_bytes)
+        pool = pool[: len(pool) // run * run].reshape(len(pool) // run, -1)
+        largest = max(nbytes)
+        # the last window has to fit too; a quarter more lets most tensors start somewhere else
+        count = -(-(largest + max(largest // 4, len(nbytes) * step)) // pool.shape[1])
+        data = np.empty((count, pool.shape[1]), np.uint8)
+        piece = max(1, (1 << 24) // pool.shape[1])
+        for start in range(0, count, piece):
+            part = data[start : start + piece]
+            np.take(pool, rng.integers(0, len(pool), len(part), np.int32), axis=0, out=part, mode="clip")
+        return cls(data.reshape(-1), step)
+
+    def window(self, nbytes: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+        """`nbytes` of it from a random block on."""
+        start = int(rng.integers(0, (len(self.data) - nbytes) // self.step + 1)) * self.step
+        return self.data[start : start + nbytes]
