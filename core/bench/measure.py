@@ -101,7 +101,7 @@ def bench(open_pipeline: Callable[[], Pipeline], settings: BenchSettings, note: 
             subject=_subject(pipeline, load_average),
             settings=settings,
             startup=startup,
-            read_bandwidth=bencher.read_bandwidth,
+            read_bandwidth=bencher.measure_bandwidth(),
             rows=tuple(bencher.rows()),
             profile=tuple(bencher.profile()) if settings.profile else (),
         )
@@ -131,7 +131,7 @@ class _Bencher:
     settings: BenchSettings
     note: Callable[[str], None]
     runtime: Runtime = field(init=False)
-    read_bandwidth: float | None = field(init=False)
+    read_bandwidth: float | None = field(default=None, init=False)
     _traffic: Traffic = field(init=False)
     _rng: np.random.Generator = field(init=False)
     _step_seconds: float = field(default=0.0, init=False)
@@ -140,7 +140,6 @@ class _Bencher:
     def __attrs_post_init__(self) -> None:
         pipeline = self.pipeline
         self.runtime = pipeline.runtime
-        self.read_bandwidth = None
         self._traffic = decode_traffic(pipeline.plan, pipeline.executor, pipeline.settings)
         self._rng = np.random.default_rng(self.settings.seed)
         pipeline.registry.observers.append(self._observe)
@@ -163,11 +162,15 @@ class _Bencher:
         finally:
             sequence.close()
 
-    def rows(self) -> Iterator[SpeedRow]:
-        """Every test, each warmed up first."""
+    def measure_bandwidth(self) -> float | None:
+        """The device's, where its executor can tell; the rows compare with it."""
         if isinstance(self.runtime, MeasuresBandwidth):
             self.read_bandwidth = self.runtime.measure_read_bandwidth()
             self.note("read bandwidth measured")
+        return self.read_bandwidth
+
+    def rows(self) -> Iterator[SpeedRow]:
+        """Every test, each warmed up first."""
         for depth in self.settings.depths:
             sequence = self._filled(depth)
             try:
@@ -235,9 +238,9 @@ class _Bencher:
 
     def profile(self) -> Iterator[ProfileRow]:
         """A prompt, as far as it is fed in one step, and a decode step, at each depth."""
-        steps: list[tuple[Literal["prefill", "decode"], int]] = []
-        for tokens in filter(None, self.settings.prompt_tokens):
-            steps.append(("prefill", min(tokens, self.pipeline.settings.step_tokens)))
+        longest = self.pipeline.settings.step_tokens
+        prompts = sorted({min(tokens, longest) for tokens in self.settings.prompt_tokens if tokens})
+        steps: list[tuple[Literal["prefill", "decode"], int]] = [("prefill", tokens) for tokens in prompts]
         if any(self.settings.generated_tokens):
             steps.append(("decode", 1))
         for depth in self.settings.depths:

@@ -83,12 +83,12 @@ def _subject(report: BenchReport) -> str:
     layouts = ", ".join(f"{count} {name}" for name, count in subject.layouts.items())
     load = "" if subject.load_average is None else f"; load average before {subject.load_average:.1f}"
     bandwidth = "not measured" if report.read_bandwidth is None else f"{report.read_bandwidth / 1e9:.1f} GB/s measured"
+    model = f"{subject.model}: {subject.architecture}, {subject.parameters / 1e6:.1f} M parameters"
+    place = f"executor {subject.executor} on {subject.device}; weights as {layouts}; KV cache {subject.kv_type}"
     return "\n".join(
         (
-            f"{subject.model}: {subject.architecture}, {subject.parameters / 1e6:.1f} M parameters, "
-            f"{subject.file_bytes / 2**20:.1f} MiB; mortice {version('mortice')}",
-            f"executor {subject.executor} on {subject.device}; weights as {layouts}; KV cache {subject.kv_type}, "
-            f"context {subject.context_length}; upload {subject.upload}",
+            f"{model}, {subject.file_bytes / 2**20:.1f} MiB; mortice {version('mortice')}",
+            f"{place}, context {subject.context_length}; upload {subject.upload}",
             f"read bandwidth {bandwidth}; {subject.cores} cores{load}",
         )
     )

@@ -52,8 +52,7 @@ class BenchSettings:
     def needed_context(self) -> int:
         """Tokens that the longest sequence holds; before the decoded ones stands one that is not measured."""
         generated = max(self.generated_tokens, default=0)
-        longest = max(self.depths) + max((*self.prompt_tokens, generated + 1 if generated else 0))
-        return max(longest, self.first_prompt + 1)
+        return max(self.depths) + max((*self.prompt_tokens, generated + 1 if generated else 0))
 
     @property
     def first_prompt(self) -> int:

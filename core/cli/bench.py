@@ -48,9 +48,9 @@ def bench(
     generated_tokens: Annotated[
         tuple[int, ...], _list("-n", "--generated-tokens", "Numbers of tokens to generate; 0 for none.")
     ] = (128,),
-    depths: Annotated[
-        tuple[int, ...], _list("-d", "--depths", "Tokens in the KV cache before each measurement.")
-    ] = (0,),
+    depths: Annotated[tuple[int, ...], _list("-d", "--depths", "Tokens in the KV cache before each measurement.")] = (
+        0,
+    ),
     repeats: Annotated[int, Parameter(name=("-r", "--repeats"), help="Measurements of each kind.")] = 5,
     form: Annotated[
         Literal["md", "json", "csv", "plot"], Parameter(name=("-o", "--format"), help="How results are printed.")
@@ -113,7 +113,7 @@ def _opener(model: str, config: RunConfig, wanted: BenchSettings) -> Callable[[]
         except ConfigError as error:
             if automatic and str(error).startswith("executor.context"):
                 raise ConfigError(
-                    f"bench: prompt, generated tokens and depth need a context of {wanted.needed_context} tokens; {error}"
+                    f"bench: prompt, generated tokens and depth need a context of {wanted.needed_context}; {error}"
                 ) from error
             raise
 

@@ -79,7 +79,7 @@ class ValidationReport:
         """
         if self._model is None:
             errors = self.findings.errors
-            lines = "\n".join(f"  {finding.subject}: {finding.found}; {finding.wanted}" for finding in errors)
+            lines = "\n".join(f"  {finding}" for finding in errors)
             count = f"{len(errors)} error" + ("s" if len(errors) > 1 else "")
             raise ValidationError(f"{self.file.path}: {count} against contract {self.contract.name}\n{lines}")
         return self._model

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mortice.arch_contracts.schema import Contract, Role, builtin_contracts
 from mortice.core.errors import ConfigError
 from mortice.core.model.qtypes import QType
-from mortice.core.model.types import MetadataValue, ModelFile, TensorView
+from mortice.core.model.types import MetadataValue, ModelFile
 from mortice.core.synth.recipes import RECIPES, Mix, Tensor
 from mortice.core.synth.shapes import SHAPES, Shape
 from mortice.core.testing.blocks import encode
@@ -120,7 +120,9 @@ class _Draft:
             f"{prefix}.feed_forward_length": shape.ffn_size,
             f"{prefix}.attention.head_count": shape.num_heads,
             f"{prefix}.attention.head_count_kv": shape.num_kv_heads,
-            **{f"{prefix}.attention.{key}_length": shape.head_dim for key in (("key", "value") if own_head_dim else ())},
+            **{
+                f"{prefix}.attention.{key}_length": shape.head_dim for key in (("key", "value") if own_head_dim else ())
+            },
             f"{prefix}.attention.layer_norm_rms_epsilon": shape.norm_eps,
             f"{prefix}.rope.freq_base": shape.rope_freq_base,
             f"{prefix}.rope.dimension_count": shape.head_dim,
@@ -137,9 +139,7 @@ class _Draft:
         first_control = int(np.flatnonzero(types == _CONTROL)[0])
         fill = self.shape.vocab_size - len(tokens)
         moved = {
-            key: value + fill
-            for key, value in small.items()
-            if key.endswith("_token_id") and isinstance(value, int)
+            key: value + fill for key, value in small.items() if key.endswith("_token_id") and isinstance(value, int)
         }
         return {
             **small,

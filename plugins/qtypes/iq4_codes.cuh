@@ -1,9 +1,9 @@
 // The 4-bit codes of IQ4_NL and IQ4_XS: indices into a fixed table of sixteen signed integers.
 //
-// Their plane is not the 4-bit plane of the other types: element l of a chunk is nibble l of 16 bytes, so that the four
-// of a group are 16 neighbouring bits, which is what a byte permutation takes as its selectors. And bits 2 and 3 of each
-// code are exchanged. Bit 2 then tells negative table entries from positive ones, and bit 3 chooses between two tables
-// of eight whose entries have equal signs at equal indices; `signed_permute` needs that.
+// Their plane is not the 4-bit plane of the other types: element l of a chunk is nibble l of 16 bytes, so that the
+// four of a group are 16 neighbouring bits, which is what a byte permutation takes as its selectors. And bits 2 and 3
+// of each code are exchanged. Bit 2 then tells negative table entries from positive ones, and bit 3 chooses between two
+// tables of eight whose entries have equal signs at equal indices; `iq4_entries` needs that.
 #pragma once
 
 #include "unpack.cuh"

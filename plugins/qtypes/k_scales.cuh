@@ -52,8 +52,9 @@ struct ScaleAndMinimum {
     }
 
   private:
-    // The scale (`at` 0) or minimum (`at` 4) of chunk `c` in the 12 bytes of the file: chunks 0-3 in the low six bits of
-    // byte at + c; chunks 4-7 with their low nibble in byte 8 + c % 4, at bit `at`, and their high bits above those six.
+    // The scale (`at` 0) or minimum (`at` 4) of chunk `c` in the 12 bytes of the file: chunks 0-3 in the low six bits
+    // of byte at + c; chunks 4-7 with their low nibble in byte 8 + c % 4, at bit `at`, and their high bits above those
+    // six.
     static __device__ __forceinline__ uint32 in_file(const uint8* bytes, int at, int c) {
         if (c < 4) return bytes[at + c] & 63u;
         return (bytes[8 + c % 4] >> at & 15u) | static_cast<uint32>(bytes[at + c % 4] >> 6) << 4;

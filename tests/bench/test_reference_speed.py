@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -21,16 +22,17 @@ def pipeline() -> Iterator[mortice.Pipeline]:
         yield loaded
 
 
+def timed(benchmark: BenchmarkFixture, work: Callable[[], Any]) -> Any:
+    return benchmark.pedantic(work, rounds=3, warmup_rounds=1)  # type: ignore[no-untyped-call]
+
+
 def test_load(benchmark: BenchmarkFixture) -> None:
     def load() -> mortice.Pipeline:
         return mortice.load(smollm2_path(), executor="reference")
 
-    def close(loaded: mortice.Pipeline) -> None:
-        loaded.close()
-
-    loaded = benchmark.pedantic(load, rounds=3, warmup_rounds=0)
+    loaded = timed(benchmark, load)
     benchmark.extra_info["weights_mb"] = round(loaded.plan.arena_bytes / 1e6)
-    close(loaded)
+    loaded.close()
 
 
 def test_prefill(benchmark: BenchmarkFixture, pipeline: mortice.Pipeline) -> None:
@@ -38,7 +40,7 @@ def test_prefill(benchmark: BenchmarkFixture, pipeline: mortice.Pipeline) -> Non
         with pipeline.session() as session:
             session.feed(PROMPT)
 
-    benchmark.pedantic(prefill, rounds=3, warmup_rounds=1)
+    timed(benchmark, prefill)
     if benchmark.stats:
         benchmark.extra_info["tokens_per_second"] = round(len(PROMPT) / benchmark.stats["min"], 1)
 
@@ -52,6 +54,6 @@ def test_decode(benchmark: BenchmarkFixture, pipeline: mortice.Pipeline, context
     with pipeline.session() as session:
         if context:
             session.feed(PROMPT[:context])
-        benchmark.pedantic(decode, rounds=3, warmup_rounds=1)
+        timed(benchmark, decode)
     if benchmark.stats:
         benchmark.extra_info["tokens_per_second"] = round(DECODE_TOKENS / benchmark.stats["min"], 1)

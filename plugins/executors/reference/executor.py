@@ -107,8 +107,10 @@ class ReferenceExecutor:
         attentions = [operator for operator in program.operators if isinstance(operator, Attention)]
         heads = max(attention.num_heads for attention in attentions)
         scores = 4 * min(SCORE_ELEMENTS, heads * rows * settings.context_length)
-        # scores, their mask and what the soft cap copies; a piece of a weight read from the file, expanded
-        return _widest_moment(program, rows) + 2 * scores + scores // 4 + FileLayout.PASSING_BYTES
+        # a soft cap copies the scores; their mask has a byte for each row and token
+        scores += scores * any(attention.softcap for attention in attentions) + scores // (4 * heads)
+        # attention and the expansion of a weight read from the file are not at work together
+        return _widest_moment(program, rows) + max(scores, FileLayout.PASSING_BYTES)
 
     def allocate(self, nbytes: int) -> HostArena:
         return HostArena(nbytes)

@@ -41,8 +41,8 @@ class ExpandedLayout:
 class FileLayout:
     """The mapped file's own bytes: no memory taken, and expanded again at each use. Slow, but anything fits."""
 
-    PASSING_BYTES: ClassVar[int] = 8 * 4 * _PIECE
-    """What expanding a piece takes while it lasts: the piece, and gguf's intermediates, up to seven times as much."""
+    PASSING_BYTES: ClassVar[int] = 2 * 4 * _PIECE
+    """What expanding a piece takes while it lasts: the piece, and gguf's intermediates, which are smaller than it."""
 
     type: QuantizationType
     name: str = "file"

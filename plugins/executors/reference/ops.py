@@ -104,15 +104,16 @@ def attend(q: Array, keys: Array, values: Array, *, start: int, scale: float, ca
         np.exp(scores, out=scores)
         scores /= scores.sum(axis=-1, keepdims=True)
         mixed = scores.reshape(num_kv_heads, group * rows, high - low) @ values[:, low:high]
-        out[begin:end] = (
-            mixed.reshape(num_kv_heads, group, rows, head_dim).transpose(2, 0, 1, 3).reshape(rows, num_heads, head_dim)
-        )
+        del scores  # before the next block makes its own
+        mixed = mixed.reshape(num_kv_heads, group, rows, head_dim).transpose(2, 0, 1, 3)
+        out[begin:end] = mixed.reshape(rows, num_heads, head_dim)
     return out.reshape(tokens, num_heads * head_dim)
 
 
 def softcap(x: Array, cap: float) -> Array:
     """``cap * tanh(x / cap)``."""
-    out: Array = np.tanh(x / np.float32(cap))
+    out: Array = x / np.float32(cap)
+    np.tanh(out, out=out)
     out *= np.float32(cap)
     return out
 

@@ -1,7 +1,7 @@
 // Q5_K: 256 five-bit integers; each 32 have a 6-bit scale and a 6-bit minimum over a pair of half-precision factors;
 // x = d * scale * q - dmin * min.
-// Planes of a tile: low nibbles (4-bit plane) | fifth bits (1-bit plane) | 16 bytes a block: d, dmin, pairs of scale and
-// minimum (k_scales.cuh).
+// Planes of a tile: low nibbles (4-bit plane) | fifth bits (1-bit plane) | 16 bytes a block: d, dmin, pairs of scale
+// and minimum (k_scales.cuh).
 // File block, 176 bytes: d, dmin | scales and minimums (k_scales.cuh) | fifth bits, those of chunk c at bit c of 32
 // bytes | nibbles as in Q4_K.
 #pragma once

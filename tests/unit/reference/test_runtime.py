@@ -229,4 +229,4 @@ def test_the_workspace_estimate_bounds_what_a_step_allocates(name: str, layout: 
         tracemalloc.stop()
     kv = executor.kv_bytes(program, settings)
     assert peak <= estimate + 1.5 * kv  # a cache that grows is there twice for a moment
-    assert peak > estimate / 16, "an estimate far from what is used refuses runs that would fit"
+    assert peak > estimate / 4, "an estimate far from what is used refuses runs that would fit"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,7 +91,7 @@ def test_the_vocabulary_encodes_any_text_and_uses_its_merges() -> None:
 
 
 def test_every_kind_of_metadata_value_is_read_back_as_it_was_written(tmp_path: Path) -> None:
-    metadata = {
+    metadata: dict[str, Any] = {
         "a.flag": True,
         "a.count": 3,
         "a.debt": -3,
@@ -104,7 +105,7 @@ def test_every_kind_of_metadata_value_is_read_back_as_it_was_written(tmp_path: P
     with open_file(REGISTRY, write_gguf(tmp_path / "m.gguf", "toy", metadata, [tensor])) as file:
         assert file.architecture == "toy"
         for key, value in metadata.items():
-            found = file.metadata[key]
+            found: Any = file.metadata[key]
             assert type(found) is type(value) or key == "a.texts"
             assert list(found) == list(value) if hasattr(value, "__len__") else found == value
         assert (file.tensors["t"].shape, file.tensors["t"].qtype) == ((2, 3), GGML_TYPES[0])
