@@ -97,7 +97,7 @@ class SamplingParams:
         frequency_penalty: subtracted once for each time a token was seen; 0 is none.
         penalty_window: how many of the latest tokens, prompt included, the three penalties look at; 0 is all.
         logit_bias: added to the logits of these token ids; ``-inf`` bans a token.
-        seed: from 0 to 2**64 - 1; None draws a fresh one (`Sampler.seed` tells which).
+        seed: from 0 to 2**64 - 1; left out, a fresh one is drawn and reported.
 
     """
 

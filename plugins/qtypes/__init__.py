@@ -13,15 +13,15 @@ from mortice.core.model.qtypes import GGML_TYPES, QType
 from mortice.core.plugin.hookspecs import hookimpl
 from mortice.core.plugin.interfaces import QuantizationType
 from mortice.plugins.qtypes.bits import Planes, columns
-from mortice.plugins.qtypes.iq4_nl import reference as iq4_nl
-from mortice.plugins.qtypes.iq4_xs import reference as iq4_xs
-from mortice.plugins.qtypes.q2_k import reference as q2_k
-from mortice.plugins.qtypes.q3_k import reference as q3_k
-from mortice.plugins.qtypes.q4_k import reference as q4_k
-from mortice.plugins.qtypes.q5_0 import reference as q5_0
-from mortice.plugins.qtypes.q5_1 import reference as q5_1
-from mortice.plugins.qtypes.q5_k import reference as q5_k
-from mortice.plugins.qtypes.q6_k import reference as q6_k
+from mortice.plugins.qtypes.iq4_nl import reference as iq4_nl_reference
+from mortice.plugins.qtypes.iq4_xs import reference as iq4_xs_reference
+from mortice.plugins.qtypes.q2_k import reference as q2_k_reference
+from mortice.plugins.qtypes.q3_k import reference as q3_k_reference
+from mortice.plugins.qtypes.q4_k import reference as q4_k_reference
+from mortice.plugins.qtypes.q5_0 import reference as q5_0_reference
+from mortice.plugins.qtypes.q5_1 import reference as q5_1_reference
+from mortice.plugins.qtypes.q5_k import reference as q5_k_reference
+from mortice.plugins.qtypes.q6_k import reference as q6_k_reference
 
 # Types that hold weights. Q8_1 and Q8_K hold activations inside ggml, the integer types and F64 hold no weights.
 _WEIGHT_TYPES = (
@@ -39,16 +39,16 @@ _PLANES: Mapping[str, Planes] = {
     "BF16": columns(*((start, start + 16) for start in range(0, 64, 16))),
     "Q4_0": columns((2, 18), (0, 2)),
     "Q4_1": columns((4, 20), (0, 4)),
-    "Q5_0": q5_0.planes,
-    "Q5_1": q5_1.planes,
+    "Q5_0": q5_0_reference.planes,
+    "Q5_1": q5_1_reference.planes,
     "Q8_0": columns((2, 18), (18, 34), (0, 2)),
-    "Q2_K": q2_k.planes,
-    "Q3_K": q3_k.planes,
-    "Q4_K": q4_k.planes,
-    "Q5_K": q5_k.planes,
-    "Q6_K": q6_k.planes,
-    "IQ4_NL": iq4_nl.planes,
-    "IQ4_XS": iq4_xs.planes,
+    "Q2_K": q2_k_reference.planes,
+    "Q3_K": q3_k_reference.planes,
+    "Q4_K": q4_k_reference.planes,
+    "Q5_K": q5_k_reference.planes,
+    "Q6_K": q6_k_reference.planes,
+    "IQ4_NL": iq4_nl_reference.planes,
+    "IQ4_XS": iq4_xs_reference.planes,
 }
 
 _PIECE = 1 << 17

@@ -6,7 +6,6 @@ it a model expanded to F32 where more than rough agreement is wanted.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -47,15 +46,12 @@ class LlamaCpp:
     Attributes:
         path: the file.
         context: tokens it can hold.
-        threads: threads it computes with; they wait for one another by spinning, so more than there are free cores
-            take many times as long as one.
         yarn_betas: YaRN's fast and slow beta, instead of its defaults.
 
     """
 
     path: Path
     context: int = 1024
-    threads: int = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
     yarn_betas: tuple[float, float] | None = None
     _server: Any = field(init=False, repr=False)
     _letter: int = field(init=False, repr=False)
@@ -68,7 +64,8 @@ class LlamaCpp:
         params.n_gpu_layers = 0
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self.threads
+        # several threads wait for one another by spinning, and take many times as long where a core is not free
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         params.warmup = params.fit_params = params.ctx_shift = False
         params.cache_ram_mib = 0
         params.verbosity = -1

@@ -59,7 +59,7 @@ FLOORS = (  # from the ground up
     ),
     Floor("manager", ("core/plugin/manager.py",), "finds and loads plugins; no plugin may know that it exists"),
     Floor("registry", ("core/plugin/registry.py",), "asks the loaded plugins, with types"),
-    Floor("pipeline", ("core/pipeline.py",), "the only place that sees the whole flow"),
+    Floor("flow", ("core/stages.py", "core/session.py", "core/pipeline.py"), "the only place that sees the whole flow"),
     Floor("testing", ("core/testing/*",), "the kit for plugin authors runs whole pipelines"),
     Floor("synth", ("core/synth/*",), "models with random weights, written with the kit for tests"),
     Floor("bench", ("core/bench/*",), "measures pipelines"),
@@ -144,6 +144,8 @@ def imports_when_loaded(file: str) -> set[str]:
 
 def plugin_of(file: str) -> str:
     """Name of the plugin that a file under plugins/ belongs to: ``loaders/gguf``."""
+    if file.startswith("plugins/qtypes/"):
+        return "qtypes"  # GGML's own types are one plugin; its hook stands in the folder's __init__.py
     return "/".join(file.removesuffix(".py").split("/")[1:3])
 
 

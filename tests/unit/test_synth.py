@@ -18,6 +18,7 @@ from mortice.core.synth.model import is_shape_and_recipe, synth_model, write_mod
 from mortice.core.synth.recipes import RECIPES, Tensor
 from mortice.core.synth.shapes import SHAPES, Llama3Rope
 from mortice.core.text.vocabulary import Vocabulary
+from tests.support.llamacpp import LlamaCpp, difference
 from tests.support.models import smollm2_path
 
 # Published parameter counts, as the sums of the tensors of the original files.
@@ -216,3 +217,15 @@ def test_a_file_with_a_colon_in_its_name_is_a_file(tmp_path: Path) -> None:
     assert is_shape_and_recipe(str(path))
     path.touch()
     assert not is_shape_and_recipe(str(path))
+
+
+def test_llama_cpp_loads_a_written_model_and_computes_the_same(tmp_path: Path) -> None:
+    made = synth_model("SmolLM2-135M", "F16", layers=2)
+    path = write_model(made, tmp_path / "model.gguf")
+    prompt = [17, 3000, 41000, 5]
+    config = RunConfig(executor=ExecutorConfig(name="reference", context=16))
+    with prepare_opened(config, make_registry(), made) as pipeline:
+        logits = pipeline.logits(prompt)[-1:]
+    with LlamaCpp(path, context=64) as llama:
+        row = llama.after(prompt)
+    assert difference([row], logits).mean < 0.01

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from attrs import define, field
 
@@ -16,10 +16,7 @@ from mortice.core.plugin.interfaces import StepPart
 from mortice.core.text.sampling import Sampled
 from mortice.plugins.executors.cuda.kv_pool import CudaSequence
 
-if TYPE_CHECKING:
-    from mortice.plugins.executors.cuda.runtime import CudaRuntime
-
-__all__ = ["BLOCKS", "RING", "Chosen", "GreedyArgs", "GreedyDecoder"]
+__all__ = ["BLOCKS", "RING", "Chosen", "GreedyArgs", "GreedyDecoder", "GreedySteps", "Running"]
 
 RING = 16
 BLOCKS = 128
@@ -44,15 +41,42 @@ class GreedyArgs(ctypes.Structure):
     ]
 
 
+Running = tuple[Any, int]
+"""A step under way: the event it ends with, and its place in the ring of results."""
+
+
+class GreedySteps(Protocol):
+    """What the runtime does for a decoder."""
+
+    epoch: int
+    """Changes when the rows on the device are written anew."""
+
+    def step(self, parts: Sequence[StepPart]) -> Any:
+        """Run the program."""
+        ...
+
+    def begin_greedy(self, sequence: CudaSequence, token: int) -> Running:
+        """Feed a token and choose the next one."""
+        ...
+
+    def continue_greedy(self, sequence: CudaSequence) -> Running:
+        """Feed the token just chosen, wherever it is, and choose the next one."""
+        ...
+
+    def take(self, running: Running) -> tuple[int, float]:
+        """Wait for a step; the token chosen and its log-probability."""
+        ...
+
+
 @define(eq=False)
 class GreedyDecoder:
     """Chooses the best token of a sequence, again and again; see `mortice.core.text.generation.ChooseToken`."""
 
-    runtime: CudaRuntime
+    runtime: GreedySteps
     sequence: CudaSequence
     _last: int | None = field(default=None, init=False)
     _epoch: int = field(default=-1, init=False)
-    _ahead: Any = field(default=None, init=False)  # (event, ring slot) of the step launched ahead
+    _ahead: Running | None = field(default=None, init=False)
 
     def __call__(self, ids: Sequence[int], index: int) -> Sampled:
         del index  # nothing is random here

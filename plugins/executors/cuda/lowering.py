@@ -121,6 +121,7 @@ class LaunchSpec:
 
     Attributes:
         name: the operators done, for tables and errors.
+        label: what kind of work it is, to add up equal ones.
         source: what is compiled.
         entry: the kernel's name.
         block: threads.
@@ -131,6 +132,7 @@ class LaunchSpec:
     """
 
     name: str
+    label: str
     source: Source
     entry: str
     block: int
@@ -251,6 +253,7 @@ class Lowering:
         return [
             LaunchSpec(
                 name="+".join(operator.name for operator in group.operators),
+                label=f"linear {'+'.join(dict.fromkeys(weight.tensor.qtype.name for weight in weights))}",
                 source=source,
                 entry="gemv",
                 block=GEMV_THREADS,
@@ -325,6 +328,7 @@ class Lowering:
     def _elementwise(self, o: Operator, out: Buffer, args: Callable[[Addresses], tuple[Any, ...]]) -> LaunchSpec:
         return LaunchSpec(
             name=o.name,
+            label=o.kind,
             source=self.sources.plain(),
             entry=f"op_{o.kind}",
             block=256,
@@ -335,6 +339,7 @@ class Lowering:
     def _embed(self, o: Operator, weight: WeightRef, out: Buffer, ids: str) -> LaunchSpec:
         return LaunchSpec(
             name=o.name,
+            label=o.kind,
             source=self.sources.embed(self._planned[weight]),
             entry="embed",
             block=128,
@@ -353,6 +358,7 @@ class Lowering:
 
         return LaunchSpec(
             name=o.name,
+            label=o.kind,
             source=self.sources.plain(),
             entry="op_norm",
             block=256,
@@ -368,6 +374,7 @@ class Lowering:
 
         return LaunchSpec(
             name=o.name,
+            label=o.kind,
             source=self.sources.plain(),
             entry="op_rope",
             block=64,
@@ -380,6 +387,7 @@ class Lowering:
         layer = o.layer
         return LaunchSpec(
             name=o.name,
+            label=o.kind,
             source=self.sources.kv_write(self.kv_type),
             entry="kv_write",
             block=128,
@@ -419,6 +427,7 @@ class Lowering:
 
         return LaunchSpec(
             name="+".join(operator.name for operator in group.operators),
+            label="place",
             source=self.sources.place(group, self.kv_type),
             entry="place",
             block=64,
@@ -451,6 +460,7 @@ class Lowering:
 
         return LaunchSpec(
             name=o.name,
+            label=o.kind,
             source=self.sources.attention(o, self.kv_type, self.splits),
             entry="attention",
             block=128,

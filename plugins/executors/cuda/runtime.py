@@ -18,10 +18,11 @@ from mortice.core.model.rope import rope_frequencies
 from mortice.core.plugin.events import GraphCaptured, StepDone
 from mortice.core.plugin.interfaces import Emit, RuntimeSettings, StepPart, TokenSequence
 from mortice.core.text.params import GenerationParams, SamplingParams
+from mortice.plugins.executors.cuda.bandwidth import measure_read_bandwidth
 from mortice.plugins.executors.cuda.build import compile_all
 from mortice.plugins.executors.cuda.cache import KernelCache
 from mortice.plugins.executors.cuda.device import Device
-from mortice.plugins.executors.cuda.greedy import BLOCKS, RING, Chosen, GreedyArgs, GreedyDecoder
+from mortice.plugins.executors.cuda.greedy import BLOCKS, RING, Chosen, GreedyArgs, GreedyDecoder, Running
 from mortice.plugins.executors.cuda.kv_pool import PAGE_TOKENS, CudaSequence, PagePool
 from mortice.plugins.executors.cuda.lowering import (
     LOGIT_ROWS,
@@ -35,6 +36,7 @@ from mortice.plugins.executors.cuda.lowering import (
 )
 from mortice.plugins.executors.cuda.nvrtc import Source
 from mortice.plugins.executors.cuda.rows import Row, RowTable
+from mortice.plugins.executors.cuda.stream import Event, Stream
 
 __all__ = ["MAX_SEQUENCES", "CudaRuntime", "kv_pool_bytes", "runtime_bytes"]
 
@@ -76,6 +78,8 @@ class CudaRuntime:
     _graphs: dict[str, Any] = field(factory=dict, init=False, repr=False)
     epoch: int = field(default=0, init=False)
     """Counts the steps that wrote the rows anew; whoever launched ahead sees by it that they are no longer its own."""
+    waited_seconds: float = field(default=0.0, init=False)
+    """Time callers spent waiting for the card; only grows."""
 
     def __attrs_post_init__(self) -> None:
         device, lowering, program = self.device, self.lowering, self.model.plan.program
@@ -243,22 +247,33 @@ class CudaRuntime:
     def _read_logits(self, rows: int) -> NDArray[np.float32]:
         vocab_size = self.model.plan.program.vocab_size
         self.stream.copy_to_host(self._logits.address, self._logits_address, 4 * rows * vocab_size)
-        self.stream.synchronize()
+        self._wait(self.stream)
         logits: NDArray[np.float32] = self._logits.array.view(np.float32)[: rows * vocab_size]
         return logits.reshape(rows, vocab_size).copy()
+
+    def _wait(self, work: Stream | Event) -> None:
+        started = time.perf_counter()
+        work.synchronize()
+        self.waited_seconds += time.perf_counter() - started
 
     # launches ---------------------------------------------------------------------------------------------------
 
     def _run(self, part: str, rows: int) -> None:
+        for launch in self._plan(part, rows):
+            launch(self.stream)
+
+    def _plan(self, part: str, rows: int) -> list[Any]:
         plan = self._plans.get((part, rows))
         if plan is None:
             plan = self._plans[part, rows] = self._prepare(part, rows)
-        for launch in plan:
-            launch(self.stream)
+        return plan
+
+    def _specs_of(self, part: str, rows: int) -> list[LaunchSpec]:
+        tokens = next((size for size in TOKEN_TILES if size >= rows), TOKEN_TILES[-1])
+        return self._specs[tokens][0 if part == "body" else 1]
 
     def _prepare(self, part: str, rows: int) -> list[Any]:
-        tokens = next((size for size in TOKEN_TILES if size >= rows), TOKEN_TILES[-1])
-        specs = self._specs[tokens][0 if part == "body" else 1]
+        specs = self._specs_of(part, rows)
         pdl = self.device.properties.compute_capability >= (9, 0)
         launches = []
         for spec in specs:
@@ -285,6 +300,36 @@ class CudaRuntime:
         address, _ = self._modules[spec.source].symbol(spec.shared_symbol)
         self.stream.read(number, address)
         return int(number[0])
+
+    def profile(self, parts: Sequence[StepPart]) -> list[tuple[str, float]]:
+        """Run a step launch by launch; what each was and the seconds it took. Gaps between launches are not counted."""
+        self.device.make_current()
+        self.epoch += 1
+        rows = self._check(parts)[: self.lowering.rows]
+        for part in parts:
+            sequence = _own_sequence(part.sequence)
+            self._reserve(sequence, sequence.length + len(part.token_ids))
+        wanted = self._rows.send(rows, self.stream)[:LOGIT_ROWS]
+        start, end = (self.device.new_event(timing=True) for _ in range(2))
+        times = []
+        for name, count in (("body", len(rows)), ("head", len(wanted))):
+            for spec, launch in zip(self._specs_of(name, count), self._plan(name, count), strict=True) if count else ():
+                self.stream.synchronize()
+                start.record(self.stream)
+                launch(self.stream)
+                end.record(self.stream)
+                end.synchronize()
+                times.append((spec.label, end.milliseconds_since(start) / 1000))
+        for part in parts:
+            _own_sequence(part.sequence).length += len(part.token_ids)
+        start.close()
+        end.close()
+        return times
+
+    def measure_read_bandwidth(self) -> float:
+        """Bytes per second this card reads at best."""
+        self.device.make_current()
+        return measure_read_bandwidth(self.device, self.stream)
 
     def _decode_graph(self, ending: str) -> Any:
         """The graph of one decode step, captured once: positions, lengths and pages are read from the device."""
@@ -343,7 +388,7 @@ class CudaRuntime:
             BLOCKS, 256, (args,), pdl=self.device.properties.compute_capability >= (9, 0)
         )
 
-    def begin_greedy(self, sequence: CudaSequence, token: int) -> tuple[Any, int]:
+    def begin_greedy(self, sequence: CudaSequence, token: int) -> Running:
         """Feed a token and choose the next one; returns what `take` waits for."""
         self.device.make_current()
         self.epoch += 1
@@ -352,14 +397,14 @@ class CudaRuntime:
         self._rows.send([(sequence, token, sequence.length, True)], self.stream)
         return self._launch_greedy(graph)
 
-    def continue_greedy(self, sequence: CudaSequence) -> tuple[Any, int]:
+    def continue_greedy(self, sequence: CudaSequence) -> Running:
         """Feed the token just chosen, wherever it is, and choose the next one."""
         self.device.make_current()
         if self._reserve(sequence, sequence.length + 1):
             self._rows.send_pages(sequence, self.stream)
         return self._launch_greedy(self._decode_graph("greedy"))
 
-    def _launch_greedy(self, graph: Any) -> tuple[Any, int]:
+    def _launch_greedy(self, graph: Any) -> Running:
         slot = self._steps % RING
         self._steps += 1
         graph.launch(self.stream)
@@ -367,10 +412,10 @@ class CudaRuntime:
         event.record(self.stream)
         return event, slot
 
-    def take(self, running: tuple[Any, int]) -> tuple[int, float]:
+    def take(self, running: Running) -> tuple[int, float]:
         """Wait for a step; the token chosen and its log-probability."""
         event, slot = running
-        event.synchronize()
+        self._wait(event)
         chosen = Chosen.from_buffer(self._chosen.array.data, 8 * slot)
         return chosen.id, chosen.logprob
 

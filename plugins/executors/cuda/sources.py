@@ -102,6 +102,10 @@ class KernelSources:
         """Every operator that nothing fuses, see ``ops/plain.cu``."""
         return self._source("plain.cu", {})
 
+    def read(self) -> Source:
+        """See ``ops/read.cu``."""
+        return self._source("read.cu", {})
+
     def greedy(self) -> Source:
         """See ``ops/greedy.cu``."""
         return self._source("greedy.cu", {})

@@ -343,7 +343,7 @@ def test_a_blocked_plugin_is_not_imported(installed: Install) -> None:
 
 
 def test_a_built_in_may_be_blocked() -> None:
-    assert registry.make_registry(block=("executors-reference",)).executors == {}
+    assert "reference" not in registry.make_registry(block=("executors-reference",)).executors
 
 
 def test_an_allowed_plugin_that_is_not_installed_is_an_error(installed: Install) -> None:

@@ -128,8 +128,10 @@ __device__ __forceinline__ void read_input(const GemvArgs& args, const Input& in
     }
 }
 
-// Chunks a lane loads before it uses the first. Several tokens are bound by arithmetic, and need the registers.
-constexpr int kInFlight = TOKENS == 1 ? 4 : 1;
+// Chunks a lane loads before it uses the first. Several tokens are bound by arithmetic, and need the registers; so do
+// types whose chunk alone fills many.
+template <class Q>
+constexpr int kInFlight = TOKENS > 1 ? 1 : sizeof(typename Q::Weight32) <= 64 ? 4 : 2;
 
 template <class S>
 __device__ __forceinline__ void add_chunk(const typename S::Q::Weight32& w, const Input& input, int chunk, float* sums) {
@@ -154,16 +156,17 @@ __device__ __forceinline__ void product(const uint8* weight, int group, const In
     const int first = threadIdx.x % kLanes;
 #pragma unroll
     for (int token = 0; token < TOKENS; ++token) sums[token] = 0.f;
+    constexpr int kAhead = kInFlight<typename S::Q>;
 #pragma unroll 1
-    for (int step = 0; step < S::kSteps; step += kInFlight) {
-        typename S::Q::Weight32 w[kInFlight];
+    for (int step = 0; step < S::kSteps; step += kAhead) {
+        typename S::Q::Weight32 w[kAhead];
 #pragma unroll
-        for (int i = 0; i < kInFlight; ++i) {
+        for (int i = 0; i < kAhead; ++i) {
             const int chunk = first + (step + i) * kLanes;
             if (chunk < S::kChunks) w[i] = S::load(weight, group, chunk);
         }
 #pragma unroll
-        for (int i = 0; i < kInFlight; ++i) {
+        for (int i = 0; i < kAhead; ++i) {
             const int chunk = first + (step + i) * kLanes;
             if (chunk < S::kChunks) add_chunk<S>(w[i], input, chunk, sums);
         }
