@@ -5,7 +5,7 @@ CUDA         ?= auto
 PROMPT       ?= Why is the sky blue? Answer in two sentences.
 MODEL        ?= $(VENV)/SmolLM2-135M-Instruct.Q4_1.gguf
 RUNFLAGS     ?= --chat --max-tokens 128
-TESTFLAGS    ?=
+TESTFLAGS    ?= -n auto
 BENCHFLAGS   ?=
 FUZZ_SECONDS ?= 60
 
@@ -30,7 +30,7 @@ run: ## run a real small model: make run PROMPT="…"
 
 test: ## run the whole test suite
 	@.ci/setup test
-	@$(BIN)/python -m pytest $(TESTFLAGS)
+	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTFLAGS)
 
 check: ## format, lint, types, the one-way rule, the dependencies, the site
 	@.ci/setup test dev docs

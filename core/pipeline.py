@@ -14,39 +14,38 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from attrs import define, evolve, field, fields_dict, frozen
+from attrs import define, evolve, field, fields_dict
 from numpy.typing import NDArray
 
-from mortice.arch_contracts.schema import Contract, ContractFormatError, parse_contract
 from mortice.arch_contracts.structuring import unknown_key
 from mortice.core.config import RunConfig
-from mortice.core.errors import ConfigError, ContractError, DeviceError, InputError, UnsupportedError
+from mortice.core.errors import ConfigError, DeviceError, UnsupportedError
 from mortice.core.model.program import Program, build_program
 from mortice.core.model.residency import ResidentWeights, bind
-from mortice.core.model.types import DeviceInfo, ModelFile
-from mortice.core.model.validation import ValidatedModel, ValidationReport, validate
-from mortice.core.model.weight_plan import FitReport, WeightPlan, fit_report, plan_weights
-from mortice.core.plugin.events import ModelOpened, ModelValidated, WeightsPlanned
-from mortice.core.plugin.interfaces import (
-    Executor,
-    Runtime,
-    RuntimeSettings,
-    StepPart,
-    TokenSequence,
-    UploadStrategy,
+from mortice.core.model.types import ModelFile
+from mortice.core.model.validation import ValidatedModel
+from mortice.core.model.weight_plan import FitReport, WeightPlan, plan_weights
+from mortice.core.plugin.interfaces import Executor, Runtime, RuntimeSettings, UploadStrategy
+from mortice.core.plugin.registry import Registry
+from mortice.core.session import Session
+from mortice.core.stages import (
+    Support,
+    choose_executor,
+    choose_upload,
+    open_file,
+    plan_and_fit,
+    registry_for,
+    runtime_settings,
+    supports,
+    validate_opened,
 )
-from mortice.core.plugin.manager import PluginPolicy
-from mortice.core.plugin.registry import Registry, make_registry
-from mortice.core.text.generation import Piece, stream_pieces
+from mortice.core.text.generation import Piece
 from mortice.core.text.params import GenerationParams, SamplingParams
-from mortice.core.text.sampling import Sampled, Sampler
 
 if TYPE_CHECKING:  # the tokenizer library is imported when text is first needed
     from mortice.core.text.tokenizer import Tokenizer
 
-__all__ = ["Pipeline", "Session", "Support", "load", "prepare", "prepare_opened", "validate_file"]
-
-_DEFAULT_CONTEXT = 4096
+__all__ = ["Pipeline", "load", "prepare", "prepare_opened"]
 
 
 def prepare(config: RunConfig, registry: Registry | None = None, *, require_fit: bool = True) -> Pipeline:
@@ -74,9 +73,7 @@ def prepare_opened(config: RunConfig, registry: Registry, file: ModelFile, *, re
         program = build_program(model)
         executor, device, why = choose_executor(registry, config.executor.name)
         settings = runtime_settings(config, program)
-        support = supports(executor, program, settings)
-        if not support:
-            raise UnsupportedError(f"executor {executor.name} cannot run {file.path}: " + "; ".join(support.reasons))
+        supports(executor, program, settings).require(f"executor {executor.name} cannot run {file.path}")
         plan, fit = plan_and_fit(registry, model, program, executor, device, settings, config)
         if require_fit:
             fit.require()
@@ -130,157 +127,6 @@ def load(model: str | Path | RunConfig, *, executor: str | None = None, context:
     return pipeline
 
 
-def validate_file(
-    path: str | Path, *, contract: str | Path | None = None, registry: Registry | None = None
-) -> ValidationReport:
-    """Hold a file against its contract, or the one given, and report everything found. No tensor is read."""
-    registry = registry or make_registry()
-    with open_file(registry, Path(path)) as file:
-        return validate_opened(registry, file, None if contract is None else Path(contract))
-
-
-# the stages, one by one ------------------------------------------------------------------------------------------
-
-
-def registry_for(config: RunConfig) -> Registry:
-    """The plugins of a run."""
-    plugins = config.plugins
-    policy = PluginPolicy(allow=plugins.allow, block=plugins.block, strict=plugins.strict)
-    return make_registry(policy, prefer=plugins.prefer)
-
-
-def open_file(registry: Registry, path: Path | None) -> ModelFile:
-    """Open the model and tell observers."""
-    if path is None:
-        raise ConfigError("model.path: no model given; pass --model FILE or set it in the config")
-    started = time.perf_counter()
-    file = registry.open_model(path)
-    seconds = time.perf_counter() - started
-    registry.emit(ModelOpened(path=file.path, loader=file.loader, tensors=len(file.tensors), seconds=seconds))
-    return file
-
-
-def validate_opened(registry: Registry, file: ModelFile, contract_path: Path | None) -> ValidationReport:
-    """Hold an opened file against its contract, plugins' findings included."""
-    contract = read_contract(contract_path) if contract_path is not None else registry.contract_for(file)
-    report = validate(file, contract, registry.findings(file, contract))
-    registry.emit(
-        ModelValidated(
-            path=file.path,
-            contract=contract.name,
-            errors=len(report.findings.errors),
-            warnings=len(report.findings.warnings),
-        )
-    )
-    return report
-
-
-def read_contract(path: Path) -> Contract:
-    """A contract from a TOML file; ContractError lists every mistake in it."""
-    try:
-        return parse_contract(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ContractError(f"{path}: cannot be read: {error}") from None
-    except ContractFormatError as error:
-        raise ContractError(str(error)) from None
-
-
-def choose_executor(registry: Registry, name: str) -> tuple[Executor, DeviceInfo, str]:
-    """The executor, its device, and why it was chosen."""
-    if name != "auto":
-        executor = registry.executor(name)
-        return executor, executor.device(), "asked for"
-    if "cuda" in registry.executors:
-        executor = registry.executor("cuda")
-        try:
-            return executor, executor.device(), "auto: a usable GPU is there"
-        except DeviceError as error:
-            why = f"auto: no usable GPU ({error})"
-    else:
-        why = "auto: no CUDA executor is registered"
-    executor = registry.executor("reference")
-    return executor, executor.device(), why
-
-
-def choose_upload(registry: Registry, executor: Executor, device: DeviceInfo, name: str) -> UploadStrategy:
-    """The upload strategy, which has to serve the executor's kind of device."""
-    strategy = registry.upload(executor.default_upload() if name == "auto" else name)
-    if strategy.device_kind != device.kind:
-        raise ConfigError(
-            f"upload.strategy: {strategy.name!r} fills {strategy.device_kind} memory, "
-            f"executor {executor.name} needs {device.kind}"
-        )
-    return strategy
-
-
-def runtime_settings(config: RunConfig, program: Program) -> RuntimeSettings:
-    """The runtime's settings; a context beyond the model's own is refused."""
-    context = config.executor.context or min(program.context_length, _DEFAULT_CONTEXT)
-    if context > program.context_length:
-        raise ConfigError(f"executor.context: found {context}, the model was made for at most {program.context_length}")
-    return RuntimeSettings(
-        context_length=context,
-        kv_type=config.executor.kv,
-        activations=config.executor.activations,
-        step_tokens=config.executor.step_tokens,
-    )
-
-
-@frozen
-class Support:
-    """Whether an executor can run a program; true when it can, with the reasons when it cannot."""
-
-    reasons: tuple[str, ...] = ()
-
-    def __bool__(self) -> bool:
-        return not self.reasons
-
-
-def supports(executor: Executor, program: Program, settings: RuntimeSettings) -> Support:
-    """What the executor says to the program; weight types are the plan's matter."""
-    return Support(tuple(executor.unsupported(program, settings)))
-
-
-def plan_and_fit(
-    registry: Registry,
-    model: ValidatedModel,
-    program: Program,
-    executor: Executor,
-    device: DeviceInfo,
-    settings: RuntimeSettings,
-    config: RunConfig,
-) -> tuple[WeightPlan, FitReport]:
-    """The plan with the layouts asked for; ``auto`` takes the smaller ones where the fastest do not fit."""
-    kernels = registry.kernels(executor, device)
-    limit = config.limits.memory_mib << 20 or None
-
-    def attempt(layout: str) -> tuple[WeightPlan, FitReport]:
-        plan = plan_weights(model, program, kernels, prefer=layout)
-        fit = fit_report(
-            plan,
-            device,
-            settings.context_length,
-            kv_bytes=lambda context: executor.kv_bytes(program, evolve(settings, context_length=context)),
-            workspace_bytes=lambda context: executor.workspace_bytes(program, evolve(settings, context_length=context)),
-            available_bytes=limit,
-        )
-        return plan, fit
-
-    layout = config.kernels.layout
-    if layout not in ("auto", "compact"):
-        names = sorted({kernel.layout.name for kernel in kernels})
-        if layout not in names:
-            raise ConfigError(f"kernels.layout: unknown {layout!r}; have auto, compact, {', '.join(names)}")
-    plan, fit = attempt("fastest" if layout == "auto" else layout)
-    if layout == "auto" and not fit.fits:
-        plan, fit = attempt("compact")  # where not even this fits, it is this that says what context would
-    registry.emit(WeightsPlanned(weights=len(plan.weights), arena_bytes=plan.arena_bytes))
-    return plan, fit
-
-
-# what the user holds ---------------------------------------------------------------------------------------------
-
-
 @define(eq=False, kw_only=True)
 class Pipeline:
     """A planned model and, after `preload`, a resident one. Close it, or use it as a context manager.
@@ -303,7 +149,7 @@ class Pipeline:
     _resident: ResidentWeights | None = field(default=None, init=False, repr=False)
     _runtime: Runtime | None = field(default=None, init=False, repr=False)
     _tokenizer: Any = field(default=None, init=False, repr=False)
-    _lock: threading.RLock = field(factory=threading.RLock, init=False, repr=False)
+    lock: threading.RLock = field(factory=threading.RLock, init=False, repr=False)
 
     def preload(self) -> int:
         """Make all weights resident and open the runtime.
@@ -312,7 +158,7 @@ class Pipeline:
             Bytes written to the device; 0 when everything was resident already, and then nothing has moved.
 
         """
-        with self._lock:
+        with self.lock:
             if self._resident is None:
                 self.fit.require()
                 self._resident = ResidentWeights(plan=self.plan, arena=self.executor.allocate(self.plan.arena_bytes))
@@ -337,7 +183,7 @@ class Pipeline:
     @property
     def runtime(self) -> Runtime:
         """The runtime, opened on first use."""
-        with self._lock:
+        with self.lock:
             if self._runtime is None:
                 self.preload()
             assert self._runtime is not None
@@ -346,7 +192,7 @@ class Pipeline:
     @property
     def tokenizer(self) -> Tokenizer:
         """The file's own tokenizer, built on first use."""
-        with self._lock:
+        with self.lock:
             if self._tokenizer is None:
                 from mortice.core.text.tokenizer import Tokenizer
 
@@ -410,97 +256,13 @@ class Pipeline:
 
     def close(self) -> None:
         """Free device memory and let go of the file; calling twice is fine."""
-        with self._lock:
+        with self.lock:
             if self._runtime is not None:
                 self._runtime.close()
             elif self._resident is not None:
                 self._resident.close()
             self._runtime = self._resident = None
             self.model.file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-@define(eq=False)
-class Session:
-    """One sequence of a pipeline. A prompt that begins like what was fed before is not computed again."""
-
-    pipeline: Pipeline
-    sequence: TokenSequence
-    fed: list[int] = field(factory=list, init=False)
-
-    def feed(self, token_ids: Sequence[int], logits: str = "last") -> NDArray[np.float32]:
-        """Feed tokens after those fed before; float32 logits of the last one, or of all, (rows, vocab_size)."""
-        ids = list(token_ids)
-        room = self.pipeline.settings.context_length - self.sequence.length
-        if not ids:
-            raise InputError("no tokens to feed")
-        if len(ids) > room:
-            raise InputError(
-                f"{self.sequence.length} + {len(ids)} tokens do not fit the context of "
-                f"{self.pipeline.settings.context_length}"
-            )
-        size = self.pipeline.settings.step_tokens
-        rows = []
-        for start in range(0, len(ids), size):
-            chunk = ids[start : start + size]
-            wanted = logits if logits == "all" or start + size >= len(ids) else "none"
-            part = StepPart(sequence=self.sequence, token_ids=chunk, logits=wanted)  # type: ignore[arg-type]
-            with self.pipeline._lock:  # noqa: SLF001 (a session is part of its pipeline)
-                rows.append(self.pipeline.runtime.step([part]))
-            self.fed += chunk
-        return np.concatenate(rows) if len(rows) > 1 else rows[0]
-
-    def rewind_to(self, token_ids: Sequence[int]) -> int:
-        """Forget what differs from `token_ids`; returns how many of them are fed already, at least one left to feed."""
-        shared = 0
-        for ours, theirs in zip(self.fed, token_ids[:-1], strict=False):
-            if ours != theirs:
-                break
-            shared += 1
-        self.sequence.truncate(shared)
-        del self.fed[shared:]
-        return shared
-
-    def generate(
-        self, prompt_ids: Sequence[int], sampling: SamplingParams, generation: GenerationParams
-    ) -> Iterator[Piece]:
-        """Generate after a whole prompt, feeding only what was not fed before."""
-        from mortice.core.text.detokenizer import IncrementalDetokenizer
-
-        pipeline = self.pipeline
-        sampler = Sampler(sampling, pipeline.tokenizer.vocab_size, top_logprobs=generation.logprobs)
-        on_device = pipeline.runtime.device_chooser(self.sequence, sampling, generation)
-
-        def choose(ids: Sequence[int], index: int) -> Sampled:
-            new = list(ids)[self.rewind_to(ids) :] if index == 0 else list(ids)
-            if on_device is None:
-                sampler.accept(ids)
-                return sampler.sample(self.feed(new)[-1], index)
-            with pipeline._lock:  # noqa: SLF001 (a session is part of its pipeline)
-                chosen = on_device(new, index)
-            self.fed += new
-            return chosen
-
-        return stream_pieces(
-            choose,
-            prompt_ids,
-            tokenizer=pipeline.tokenizer,
-            detokenizer=IncrementalDetokenizer(pipeline.tokenizer),
-            generation=generation,
-            context_length=pipeline.settings.context_length,
-        )
-
-    def close(self) -> None:
-        """Give the sequence's memory back."""
-        self.sequence.close()
-        self.fed.clear()
 
     def __enter__(self) -> Self:
         return self

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mortice.core.config_layers import read_config
     from mortice.core.errors import InputError, MorticeError
     from mortice.core.pipeline import Pipeline, load, prepare
-    from mortice.core.pipeline import validate_file as validate
+    from mortice.core.stages import validate_file as validate
 
 __all__ = ["InputError", "MorticeError", "Pipeline", "RunConfig", "load", "prepare", "read_config", "validate"]
 __version__ = "0.1.0"
@@ -29,7 +29,7 @@ _HOMES = {
     "load": "mortice.core.pipeline:load",
     "prepare": "mortice.core.pipeline:prepare",
     "read_config": "mortice.core.config_layers:read_config",
-    "validate": "mortice.core.pipeline:validate_file",
+    "validate": "mortice.core.stages:validate_file",
 }
 
 

@@ -13,7 +13,8 @@ from mortice.core.cli.render import Screen
 from mortice.core.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
-    from mortice.core.pipeline import Pipeline, Session
+    from mortice.core.pipeline import Pipeline
+    from mortice.core.session import Session
     from mortice.core.text.generation import Piece
     from mortice.core.text.params import GenerationParams, SamplingParams
 

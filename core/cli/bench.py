@@ -95,7 +95,8 @@ def bench(
 
 def _opener(model: str, config: RunConfig, wanted: BenchSettings) -> Callable[[], Pipeline]:
     """Opens and plans the model; random weights are made now, so that their making is not measured."""
-    from mortice.core.pipeline import prepare, prepare_opened, registry_for
+    from mortice.core.pipeline import prepare, prepare_opened
+    from mortice.core.stages import registry_for
     from mortice.core.synth.model import is_shape_and_recipe, synth_model
 
     automatic = config.executor.context == 0

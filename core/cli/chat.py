@@ -24,7 +24,8 @@ from mortice.core.cli.stages import note_model, planned, resident
 from mortice.core.errors import InputError
 
 if TYPE_CHECKING:
-    from mortice.core.pipeline import Pipeline, Session
+    from mortice.core.pipeline import Pipeline
+    from mortice.core.session import Session
     from mortice.core.text.chat import ChatTemplate, Message
     from mortice.core.text.params import SamplingParams
 

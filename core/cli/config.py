@@ -83,7 +83,7 @@ def show(
     output: OutputFlags | None = None,
 ) -> int:
     """Show every effective value, where it came from and which plugin serves it."""
-    from mortice.core.pipeline import registry_for
+    from mortice.core.stages import registry_for
 
     output = output or OutputFlags()
     screen = Screen(json=output.json, quiet=output.quiet)
@@ -118,7 +118,7 @@ def _value_text(value: Any) -> str:
 
 def _served_by(registry: Registry, config: RunConfig) -> dict[str, str]:
     """Who serves a key; where nobody can, the reason in its place."""
-    from mortice.core.pipeline import choose_executor, choose_upload, open_file
+    from mortice.core.stages import choose_executor, choose_upload, open_file
 
     served: dict[str, str] = {}
     key = "executor.name"

@@ -45,7 +45,7 @@ def inspect(
     Works on files of unknown architectures, too. No tensor is read.
 
     """
-    from mortice.core.pipeline import open_file, registry_for
+    from mortice.core.stages import open_file, registry_for
 
     output = output or OutputFlags()
     screen = Screen(json=output.json, quiet=output.quiet)
@@ -62,7 +62,7 @@ def inspect(
 def _served(registry: Registry, file: ModelFile, contract: Path | None) -> dict[str, Any]:
     """Contract, findings and program, as far as they can be had."""
     from mortice.core.model.program import build_program
-    from mortice.core.pipeline import validate_opened
+    from mortice.core.stages import validate_opened
 
     served: dict[str, Any] = {
         "contract": None,

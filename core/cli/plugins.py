@@ -21,7 +21,7 @@ def list_plugins(
     output: OutputFlags | None = None,
 ) -> int:
     """List every plugin: what it gives, where it comes from, whether it takes part, how long importing it took."""
-    from mortice.core.pipeline import registry_for
+    from mortice.core.stages import registry_for
 
     output = output or OutputFlags()
     screen = Screen(json=output.json, quiet=output.quiet)

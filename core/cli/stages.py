@@ -28,7 +28,8 @@ def planned(screen: Screen, config: RunConfig) -> Iterator[Pipeline]:
         ValidationError: after the findings were noted, naming file, contract and how many.
 
     """
-    from mortice.core.pipeline import prepare, registry_for
+    from mortice.core.pipeline import prepare
+    from mortice.core.stages import registry_for
 
     registry = registry_for(config)
     try:
@@ -43,7 +44,7 @@ def planned(screen: Screen, config: RunConfig) -> Iterator[Pipeline]:
 
 
 def _note_errors(screen: Screen, config: RunConfig, registry: Registry) -> str:
-    from mortice.core.pipeline import validate_file
+    from mortice.core.stages import validate_file
 
     assert config.model.path is not None, "it has been validated"
     report = validate_file(config.model.path, contract=config.model.contract, registry=registry)

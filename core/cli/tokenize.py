@@ -30,7 +30,7 @@ def tokenize(
     output: OutputFlags | None = None,
 ) -> int:
     """Show the token ids of a text."""
-    from mortice.core.pipeline import open_file, registry_for
+    from mortice.core.stages import open_file, registry_for
     from mortice.core.text.tokenizer import Tokenizer
 
     output = output or OutputFlags()

@@ -41,7 +41,7 @@ def validate(
     No tensor is read. Goes on after a broken file; the exit code is 2 when any file has an error.
 
     """
-    from mortice.core.pipeline import registry_for
+    from mortice.core.stages import registry_for
 
     output = output or OutputFlags()
     screen = Screen(json=output.json, quiet=output.quiet)
@@ -53,7 +53,7 @@ def validate(
 
 
 def _validate(screen: Screen, registry: Registry, path: Path, contract: Path | None) -> dict[str, Any]:
-    from mortice.core.pipeline import validate_file
+    from mortice.core.stages import validate_file
 
     try:
         report = validate_file(path, contract=contract, registry=registry)

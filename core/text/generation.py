@@ -150,14 +150,10 @@ def stream_pieces(
         raise TokenizerError("prompt: found no tokens, wanted at least one")
     for token in prompt_ids:
         if not 0 <= token < tokenizer.vocab_size:
-            raise TokenizerError(
-                f"prompt: token id {token} is outside the vocabulary of {tokenizer.vocab_size} tokens"
-            )
+            raise TokenizerError(f"prompt: token id {token} is outside the vocabulary of {tokenizer.vocab_size} tokens")
     room = context_length - len(prompt_ids)
     if room < 1:
-        raise ConfigError(
-            f"prompt: found {len(prompt_ids)} tokens, wanted fewer than the context's {context_length}"
-        )
+        raise ConfigError(f"prompt: found {len(prompt_ids)} tokens, wanted fewer than the context's {context_length}")
     return _pieces(
         choose,
         prompt_ids,
@@ -189,9 +185,7 @@ def _pieces(
         if is_last and stop is None:
             text += matcher.finish()
         stop_reason = stop if stop is not None else sampled.id if is_end else None
-        finish_reason: FinishReason | None = (
-            "stop" if stop_reason is not None else "length" if is_last else None
-        )
+        finish_reason: FinishReason | None = "stop" if stop_reason is not None else "length" if is_last else None
         yield Piece(
             text=text,
             id=sampled.id,

@@ -44,9 +44,7 @@ def _integer(low: int, high: float, wanted: str) -> Any:
 
 def _seed(instance: object, attribute: Attribute[Any], value: object) -> None:
     if value is not None:
-        _integer(0, _SEEDS - 1, "an integer from 0 to 2**64 - 1, or none for a fresh seed")(
-            instance, attribute, value
-        )
+        _integer(0, _SEEDS - 1, "an integer from 0 to 2**64 - 1, or none for a fresh seed")(instance, attribute, value)
 
 
 def _bias(_: object, attribute: Attribute[Any], value: object) -> None:
@@ -105,9 +103,7 @@ class SamplingParams:
         default=0.0, validator=_number(1e-6, _LIMIT, "0 (greedy) or a number from 1e-6 to 1e6", or_zero=True)
     )
     top_k: int = field(default=0, validator=_integer(0, math.inf, "an integer >= 0 (0: off)"))
-    top_p: float = field(
-        default=1.0, validator=_number(math.ulp(0.0), 1.0, "a number above 0, at most 1 (1: off)")
-    )
+    top_p: float = field(default=1.0, validator=_number(math.ulp(0.0), 1.0, "a number above 0, at most 1 (1: off)"))
     min_p: float = field(default=0.0, validator=_number(0.0, 1.0, "a number from 0 to 1 (0: off)"))
     repetition_penalty: float = field(
         default=1.0, validator=_number(1e-6, _LIMIT, "a number from 1e-6 to 1e6 (1: off)")

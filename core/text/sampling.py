@@ -83,9 +83,7 @@ class Sampler:
         if beyond:
             raise ConfigError(f"logit_bias: found token id {min(beyond)}, wanted one below {vocab_size}")
         if not 0 <= top_logprobs <= vocab_size:
-            raise ConfigError(
-                f"logprobs: found {top_logprobs}, wanted 0 to {vocab_size}, the vocabulary's size"
-            )
+            raise ConfigError(f"logprobs: found {top_logprobs}, wanted 0 to {vocab_size}, the vocabulary's size")
         self._params = params.seeded()
         self._vocab_size = vocab_size
         self._top_logprobs = top_logprobs
@@ -134,9 +132,7 @@ class Sampler:
         adjusted = self._adjust(logits)
         token = int(adjusted.argmax())
         if not np.isfinite(adjusted[token]):
-            raise ExecutionError(
-                f"step {step}: logit_bias and penalties leave no best token with a finite logit"
-            )
+            raise ExecutionError(f"step {step}: logit_bias and penalties leave no best token with a finite logit")
         if not self._params.greedy:
             token = _draw(adjusted, adjusted[token], self._params, uniform(self.seed, step))
         top = _best_ids(logits, self._top_logprobs).tolist()

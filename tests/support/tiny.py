@@ -14,7 +14,8 @@ from mortice.core.config import ExecutorConfig, ModelConfig, RunConfig
 from mortice.core.model.program import Program, build_program
 from mortice.core.model.types import TensorView
 from mortice.core.model.validation import validate
-from mortice.core.pipeline import open_file, prepare
+from mortice.core.pipeline import prepare
+from mortice.core.stages import open_file
 from mortice.core.testing.gguf_files import TensorData, expand_to_f32, write_gguf
 from mortice.core.testing.tiny_models import write_tiny_model
 from tests.support.registry import make_registry, plugin_of

@@ -25,8 +25,8 @@ from mortice.core.model.qtypes import GGML_TYPES
 from mortice.core.model.types import TensorView
 from mortice.core.model.validation import validate
 from mortice.core.model.weight_plan import plan_weights
-from mortice.core.pipeline import open_file
 from mortice.core.plugin.interfaces import StepPart
+from mortice.core.stages import open_file
 from mortice.core.testing.gguf_files import TensorData
 from mortice.core.testing.vocabulary import tiny_vocabulary
 from mortice.core.text.detokenizer import IncrementalDetokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mortice.core.pipeline import Session
+from mortice.core.session import Session
 from mortice.core.text import chat as chat_text
 from mortice.core.text.chat import Message
 from tests.unit.cli.conftest import Mortice

@@ -14,7 +14,7 @@ import pytest
 import mortice as package
 from mortice.core.cli import answer as answers
 from mortice.core.cli.render import json_text
-from mortice.core.pipeline import Session
+from mortice.core.session import Session
 from tests.support.models import smollm2_path
 from tests.unit.cli.conftest import Mortice
 

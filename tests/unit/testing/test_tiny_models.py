@@ -8,7 +8,7 @@ import pytest
 
 from mortice.core.errors import ValidationError
 from mortice.core.model.qtypes import GGML_TYPES, QType
-from mortice.core.pipeline import open_file, validate_opened
+from mortice.core.stages import open_file, validate_opened
 from mortice.core.testing.blocks import encode
 from mortice.core.testing.gguf_files import TensorData, write_gguf
 from mortice.core.testing.tiny_models import write_tiny_model

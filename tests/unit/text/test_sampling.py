@@ -29,9 +29,7 @@ def reference_adjusted(logits: Logits, params: SamplingParams, history: Sequence
     for token, count in Counter(window).items():
         value, repetition = adjusted[token], np.float32(params.repetition_penalty)
         value = value / repetition if value > 0 else value * repetition
-        subtracted = np.float32(count) * np.float32(params.frequency_penalty) + np.float32(
-            params.presence_penalty
-        )
+        subtracted = np.float32(count) * np.float32(params.frequency_penalty) + np.float32(params.presence_penalty)
         adjusted[token] = value - subtracted
     return adjusted
 
@@ -40,9 +38,7 @@ def reference_ranking(adjusted: Sequence[np.float32]) -> list[int]:
     return sorted(range(len(adjusted)), key=lambda token: (-adjusted[token], token))
 
 
-def reference_rank(
-    adjusted: Sequence[np.float32], params: SamplingParams, u: float, slack: float = 0.0
-) -> int:
+def reference_rank(adjusted: Sequence[np.float32], params: SamplingParams, u: float, slack: float = 0.0) -> int:
     """The rank of the token drawn; `slack` moves every comparison of sums by that share."""
     ranking = reference_ranking(adjusted)
     if params.top_k:
@@ -80,9 +76,7 @@ off_or: dict[str, st.SearchStrategy[Any]] = {
 
 
 @st.composite
-def situations(
-    draw: st.DrawFn, temperature: st.SearchStrategy[float]
-) -> tuple[Logits, SamplingParams, list[int]]:
+def situations(draw: st.DrawFn, temperature: st.SearchStrategy[float]) -> tuple[Logits, SamplingParams, list[int]]:
     logits = draw(logit_rows | tied_rows)
     tokens = st.integers(0, logits.size - 1)
     params = SamplingParams(
@@ -138,12 +132,8 @@ def test_logprobs_are_the_log_softmax_of_the_raw_logits(logits: Logits, top: int
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=8), st.integers(0, 7))
-def test_counts_kept_step_by_step_equal_counts_of_the_whole_history(
-    batches: list[list[int]], window: int
-) -> None:
-    params = SamplingParams(
-        repetition_penalty=1.3, frequency_penalty=0.7, presence_penalty=0.2, penalty_window=window
-    )
+def test_counts_kept_step_by_step_equal_counts_of_the_whole_history(batches: list[list[int]], window: int) -> None:
+    params = SamplingParams(repetition_penalty=1.3, frequency_penalty=0.7, presence_penalty=0.2, penalty_window=window)
     logits = np.linspace(-1, 1, 10, dtype=np.float32)
     sampler, history = Sampler(params, 10), []
     for batch in batches:
@@ -159,9 +149,7 @@ def test_draws_follow_the_distribution() -> None:
     counts = np.bincount([sampler.sample(logits, step).id for step in range(draws)], minlength=logits.size)
     expected = np.exp(logits / 1.5) / np.exp(logits / 1.5).sum() * draws
     chi_square = float(((counts - expected) ** 2 / expected).sum())
-    assert (
-        chi_square < 20.5
-    )  # the 0.999 quantile with 5 degrees of freedom; the seed is fixed, so it cannot flake
+    assert chi_square < 20.5  # the 0.999 quantile with 5 degrees of freedom; the seed is fixed, so it cannot flake
 
 
 def test_filtered_draws_follow_the_renormalised_distribution() -> None:
@@ -178,9 +166,7 @@ def test_filtered_draws_follow_the_renormalised_distribution() -> None:
 
 def test_a_large_vocabulary_gives_the_same_draws_as_a_full_sort() -> None:
     rng = np.random.default_rng(7)
-    logits = np.round(rng.standard_normal(50_000) * 3, 1).astype(
-        np.float32
-    )  # rounded, so that many are equal
+    logits = np.round(rng.standard_normal(50_000) * 3, 1).astype(np.float32)  # rounded, so that many are equal
     order = np.lexsort((np.arange(logits.size), -logits))
     running = np.cumsum(np.exp((logits[order] - logits.max()) / np.float32(0.7)), dtype=np.float64)
     for top_p in (1.0, 0.9):
@@ -283,9 +269,7 @@ def test_extreme_temperatures_neither_warn_nor_leave_the_best_or_the_even_choice
     ],
 )
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_no_distribution_are_an_error(
-    logits: list[float], message: str, temperature: float
-) -> None:
+def test_logits_that_are_no_distribution_are_an_error(logits: list[float], message: str, temperature: float) -> None:
     sampler = Sampler(SamplingParams(temperature=temperature), 3)
     with pytest.raises(ExecutionError, match=message):
         sampler.sample(np.array(logits, dtype=np.float32), 4)

@@ -38,9 +38,7 @@ few_letters = st.text("abc", max_size=40)
 @example("aaab", ["aab"], None)
 @example("aabaaabaaac", ["aabaaac"], None)
 @example("xaby", ["xaby", "ab"], None)
-def test_any_cut_of_the_text_finds_the_same_stop(
-    text: str, stops: list[str], data: st.DataObject | None
-) -> None:
+def test_any_cut_of_the_text_finds_the_same_stop(text: str, stops: list[str], data: st.DataObject | None) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8))) if data else range(1, len(text))
     bounds = [0, *cuts, len(text)]
     pieces = [text[start:end] for start, end in pairwise(bounds)]
@@ -52,9 +50,7 @@ def test_no_more_is_held_back_than_could_start_a_stop(text: str, stops: list[str
     if any(stop in text for stop in stops):
         return
     out, _ = StopMatcher(stops).push(text)
-    longest = max(
-        (length for stop in stops for length in range(len(stop)) if text.endswith(stop[:length])), default=0
-    )
+    longest = max((length for stop in stops for length in range(len(stop)) if text.endswith(stop[:length])), default=0)
     assert out == text[: len(text) - longest]
 
 

@@ -1,0 +1,191 @@
+"""The stages of the flow, one function each; `mortice.core.pipeline.prepare` joins them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from attrs import evolve, frozen
+
+from mortice.arch_contracts.schema import Contract, ContractFormatError, parse_contract
+from mortice.core.config import RunConfig
+from mortice.core.errors import ConfigError, ContractError, DeviceError, UnsupportedError
+from mortice.core.model.program import Program
+from mortice.core.model.types import DeviceInfo, ModelFile
+from mortice.core.model.validation import ValidatedModel, ValidationReport, validate
+from mortice.core.model.weight_plan import FitReport, WeightPlan, fit_report, plan_weights
+from mortice.core.plugin.events import ModelOpened, ModelValidated, WeightsPlanned
+from mortice.core.plugin.interfaces import Executor, RuntimeSettings, UploadStrategy
+from mortice.core.plugin.manager import PluginPolicy
+from mortice.core.plugin.registry import Registry, make_registry
+
+__all__ = [
+    "Support",
+    "choose_executor",
+    "choose_upload",
+    "open_file",
+    "plan_and_fit",
+    "read_contract",
+    "registry_for",
+    "runtime_settings",
+    "supports",
+    "validate_file",
+    "validate_opened",
+]
+
+_DEFAULT_CONTEXT = 4096
+
+
+def registry_for(config: RunConfig) -> Registry:
+    """The plugins of a run."""
+    plugins = config.plugins
+    policy = PluginPolicy(allow=plugins.allow, block=plugins.block, strict=plugins.strict)
+    return make_registry(policy, prefer=plugins.prefer)
+
+
+def open_file(registry: Registry, path: Path | None) -> ModelFile:
+    """Open the model and tell observers."""
+    if path is None:
+        raise ConfigError("model.path: no model given; pass --model FILE or set it in the config")
+    started = time.perf_counter()
+    file = registry.open_model(path)
+    seconds = time.perf_counter() - started
+    registry.emit(ModelOpened(path=file.path, loader=file.loader, tensors=len(file.tensors), seconds=seconds))
+    return file
+
+
+def validate_opened(registry: Registry, file: ModelFile, contract_path: Path | None) -> ValidationReport:
+    """Hold an opened file against its contract, plugins' findings included."""
+    contract = read_contract(contract_path) if contract_path is not None else registry.contract_for(file)
+    report = validate(file, contract, registry.findings(file, contract))
+    registry.emit(
+        ModelValidated(
+            path=file.path,
+            contract=contract.name,
+            errors=len(report.findings.errors),
+            warnings=len(report.findings.warnings),
+        )
+    )
+    return report
+
+
+def read_contract(path: Path) -> Contract:
+    """A contract from a TOML file; ContractError lists every mistake in it."""
+    try:
+        return parse_contract(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ContractError(f"{path}: cannot be read: {error}") from None
+    except ContractFormatError as error:
+        raise ContractError(str(error)) from None
+
+
+def choose_executor(registry: Registry, name: str) -> tuple[Executor, DeviceInfo, str]:
+    """The executor, its device, and why it was chosen."""
+    if name != "auto":
+        executor = registry.executor(name)
+        return executor, executor.device(), "asked for"
+    if "cuda" in registry.executors:
+        executor = registry.executor("cuda")
+        try:
+            return executor, executor.device(), "auto: a usable GPU is there"
+        except DeviceError as error:
+            why = f"auto: no usable GPU ({error})"
+    else:
+        why = "auto: no CUDA executor is registered"
+    executor = registry.executor("reference")
+    return executor, executor.device(), why
+
+
+def choose_upload(registry: Registry, executor: Executor, device: DeviceInfo, name: str) -> UploadStrategy:
+    """The upload strategy, which has to serve the executor's kind of device."""
+    strategy = registry.upload(executor.default_upload() if name == "auto" else name)
+    if strategy.device_kind != device.kind:
+        raise ConfigError(
+            f"upload.strategy: {strategy.name!r} fills {strategy.device_kind} memory, "
+            f"executor {executor.name} needs {device.kind}"
+        )
+    return strategy
+
+
+def runtime_settings(config: RunConfig, program: Program) -> RuntimeSettings:
+    """The runtime's settings; a context beyond the model's own is refused."""
+    context = config.executor.context or min(program.context_length, _DEFAULT_CONTEXT)
+    if context > program.context_length:
+        raise ConfigError(f"executor.context: found {context}, the model was made for at most {program.context_length}")
+    return RuntimeSettings(
+        context_length=context,
+        kv_type=config.executor.kv,
+        activations=config.executor.activations,
+        step_tokens=config.executor.step_tokens,
+    )
+
+
+@frozen
+class Support:
+    """Whether an executor can run a program; true when it can, with the reasons when it cannot."""
+
+    reasons: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return not self.reasons
+
+    def require(self, what: str) -> None:
+        """Refuse with all reasons; `what` begins the message.
+
+        Raises:
+            UnsupportedError: when there are any.
+
+        """
+        if self.reasons:
+            raise UnsupportedError(f"{what}: " + "; ".join(self.reasons))
+
+
+def supports(executor: Executor, program: Program, settings: RuntimeSettings) -> Support:
+    """What the executor says to the program; weight types are the plan's matter."""
+    return Support(tuple(executor.unsupported(program, settings)))
+
+
+def plan_and_fit(
+    registry: Registry,
+    model: ValidatedModel,
+    program: Program,
+    executor: Executor,
+    device: DeviceInfo,
+    settings: RuntimeSettings,
+    config: RunConfig,
+) -> tuple[WeightPlan, FitReport]:
+    """The plan with the layouts asked for; ``auto`` takes the smaller ones where the fastest do not fit."""
+    kernels = registry.kernels(executor, device)
+    limit = config.limits.memory_mib << 20 or None
+
+    def attempt(layout: str) -> tuple[WeightPlan, FitReport]:
+        plan = plan_weights(model, program, kernels, prefer=layout)
+        fit = fit_report(
+            plan,
+            device,
+            settings.context_length,
+            kv_bytes=lambda context: executor.kv_bytes(program, evolve(settings, context_length=context)),
+            workspace_bytes=lambda context: executor.workspace_bytes(program, evolve(settings, context_length=context)),
+            available_bytes=limit,
+        )
+        return plan, fit
+
+    layout = config.kernels.layout
+    if layout not in ("auto", "compact"):
+        names = sorted({kernel.layout.name for kernel in kernels})
+        if layout not in names:
+            raise ConfigError(f"kernels.layout: unknown {layout!r}; have auto, compact, {', '.join(names)}")
+    plan, fit = attempt("fastest" if layout == "auto" else layout)
+    if layout == "auto" and not fit.fits:
+        plan, fit = attempt("compact")  # where not even this fits, it is this that says what context would
+    registry.emit(WeightsPlanned(weights=len(plan.weights), arena_bytes=plan.arena_bytes))
+    return plan, fit
+
+
+def validate_file(
+    path: str | Path, *, contract: str | Path | None = None, registry: Registry | None = None
+) -> ValidationReport:
+    """Hold a file against its contract, or the one given, and report everything found. No tensor is read."""
+    registry = registry or make_registry()
+    with open_file(registry, Path(path)) as file:
+        return validate_opened(registry, file, None if contract is None else Path(contract))
