@@ -89,7 +89,7 @@ def choose_executor(registry: Registry, name: str) -> tuple[Executor, DeviceInfo
         try:
             return executor, executor.device(), "auto: a usable GPU is there"
         except DeviceError as error:
-            why = f"auto: no usable GPU ({error})"
+            why = f"auto: {str(error).partition('; ')[0]}"
     else:
         why = "auto: no CUDA executor is registered"
     executor = registry.executor("reference")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,13 +49,12 @@ class Continuation:
 
 
 @pytest.fixture(scope="module")
-def continuations(smollm2: mortice.Pipeline, llama_smollm2: LlamaCpp) -> list[Continuation]:
-    made = []
-    for prompt in PROMPTS:
-        ids = smollm2.encode(prompt)
-        rows = [llama_smollm2.after(ids[:length]) for length in range(1, len(ids))]
-        made.append(Continuation(ids, rows + llama_smollm2.greedy(ids, GREEDY_TOKENS)))
-    return made
+def continuations(smollm2: mortice.Pipeline, smollm2_f32: Path) -> list[Continuation]:
+    prompts = [smollm2.encode(prompt) for prompt in PROMPTS]
+    context = max(map(len, prompts)) + GREEDY_TOKENS + 1
+    with LlamaCpp(smollm2_f32, context=context, slots=len(prompts)) as llama:
+        answers = llama.greedy(prompts, GREEDY_TOKENS)
+    return [Continuation(prompt, rows) for prompt, rows in zip(prompts, answers, strict=True)]
 
 
 @pytest.fixture
@@ -138,9 +138,10 @@ def long_logits(smollm2: mortice.Pipeline, long_ids: list[int]) -> NDArray[np.fl
 
 
 def test_log_probabilities_agree_throughout_a_long_prompt(
-    llama_smollm2: LlamaCpp, long_ids: list[int], long_logits: NDArray[np.float32]
+    smollm2_f32: Path, long_ids: list[int], long_logits: NDArray[np.float32]
 ) -> None:
-    rows = [llama_smollm2.after(long_ids[:length]) for length in LONG_LENGTHS]
+    with LlamaCpp(smollm2_f32, context=1024) as llama:
+        rows = [llama.after(long_ids[:length]) for length in LONG_LENGTHS]
     found = difference(rows, long_logits[[length - 1 for length in LONG_LENGTHS]])
     print(f"\nSmolLM2, {len(long_ids)} tokens: mean {found.mean:.1e}, worst {found.worst:.1e}")
     assert found.mean <= 0.005

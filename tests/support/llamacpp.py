@@ -6,7 +6,8 @@ it a model expanded to F32 where more than rough agreement is wanted.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -45,13 +46,15 @@ class LlamaCpp:
 
     Attributes:
         path: the file.
-        context: tokens it can hold.
+        context: tokens a sequence can hold.
+        slots: sequences held at once; several threads that each use a slot are computed in one batch.
         yarn_betas: YaRN's fast and slow beta, instead of its defaults.
 
     """
 
     path: Path
     context: int = 1024
+    slots: int = 1
     yarn_betas: tuple[float, float] | None = None
     _server: Any = field(init=False, repr=False)
     _letter: int = field(init=False, repr=False)
@@ -59,8 +62,8 @@ class LlamaCpp:
     def __attrs_post_init__(self) -> None:
         params = xllamacpp.CommonParams()
         params.model.path = str(self.path)
-        params.n_ctx = self.context
-        params.n_parallel = 1
+        params.n_ctx = self.context * self.slots
+        params.n_parallel = self.slots
         params.n_gpu_layers = 0
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -77,8 +80,8 @@ class LlamaCpp:
             self._letter = tokens.index("a")
         self._server = xllamacpp.Server(params)
 
-    def after(self, token_ids: Sequence[int], top: int = 20) -> Row:
-        """The row after `token_ids`. What they share with the last call is not computed again.
+    def after(self, token_ids: Sequence[int], top: int = 20, slot: int = 0) -> Row:
+        """The row after `token_ids`. What they share with the slot's last call is not computed again.
 
         One token is asked for, and it is forced to be a plain letter: the server merges the rows of tokens that end
         inside a UTF-8 character, and then no row says which token it belongs to. The log-probabilities are those
@@ -97,6 +100,7 @@ class LlamaCpp:
                 "n_probs": top,
                 "post_sampling_probs": False,
                 "cache_prompt": True,
+                "id_slot": slot,
             }
         )
         assert "choices" in answer, f"{self.path}: llama.cpp answered {answer}"
@@ -107,13 +111,24 @@ class LlamaCpp:
         ids = np.array([entry["id"] for entry in entries], np.int64)
         return Row(ids, np.array([entry["logprob"] for entry in entries], np.float64))
 
-    def greedy(self, prompt: Sequence[int], tokens: int, stop: Collection[int] = (), top: int = 20) -> list[Row]:
-        """The rows of a greedy continuation of at most `tokens` tokens, the last one that of a token in `stop`."""
-        ids, rows = list(prompt), list[Row]()
-        while len(rows) < tokens and not (rows and rows[-1].best in stop):
-            rows.append(self.after(ids, top))
-            ids.append(rows[-1].best)
-        return rows
+    def greedy(self, prompts: Sequence[Sequence[int]], tokens: int, top: int = 20) -> list[list[Row]]:
+        """For each prompt the rows after every one of its tokens and of a greedy continuation of `tokens` tokens.
+
+        The row after the whole continuation is left out: there are ``len(prompt) + tokens - 1`` rows, and the last
+        `tokens` of them chose the continuation. Each prompt has a slot of its own. An end token ends nothing.
+        """
+        assert len(prompts) <= self.slots
+
+        def one(slot: int, prompt: Sequence[int]) -> list[Row]:
+            rows = [self.after(prompt[:length], top, slot) for length in range(1, len(prompt))]
+            ids = list(prompt)
+            for _ in range(tokens):
+                rows.append(self.after(ids, top, slot))
+                ids.append(rows[-1].best)
+            return rows
+
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return list(pool.map(one, range(len(prompts)), prompts))
 
     def close(self) -> None:
         """Unload the model."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 from attrs import frozen
 
+from mortice.core.errors import DeviceError
 from mortice.plugins.executors.cuda.errors import CudaError, unusable
 
 __all__ = ["Driver", "load_driver", "result_error"]
+
+_NO_DRIVER = "no NVIDIA driver (libcuda.so.1 was not found)"
 
 OLDEST_DRIVER = {12: "525", 13: "580"}
 """CUDA major version to the oldest Linux driver that runs it (CUDA release notes, "minor version compatibility")."""
@@ -60,14 +64,19 @@ def load_driver() -> Driver:
         DeviceError: when cuda-python, the driver or a device is missing, or the driver is too old for cuda-python.
 
     """
-    api = import_bindings("driver")
+    try:
+        api = import_bindings("driver")
+    except DeviceError:
+        if is_driver_installed():
+            raise
+        raise unusable(_NO_DRIVER) from None  # without one, no package would help
     unchecked = Driver(api)
     try:
         number = unchecked("cuDriverGetVersion")
     except CudaError as error:
         if error.code:
             raise
-        raise unusable("no NVIDIA driver (libcuda.so.1 was not found)") from error
+        raise unusable(_NO_DRIVER) from error
     version = (number // 1000, number % 1000 // 10)
     package = import_module("cuda.bindings").__version__
     wanted = int(package.split(".")[0])
@@ -82,6 +91,15 @@ def load_driver() -> Driver:
     except CudaError as error:
         raise unusable(f"CUDA cannot start: {error}") from error
     return Driver(api, version)
+
+
+def is_driver_installed() -> bool:
+    """Whether the driver's library can be loaded."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def import_bindings(name: str) -> ModuleType:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mortice.core.errors import DeviceError, DoesNotFitError
+from mortice.plugins.executors.cuda import driver
 from mortice.plugins.executors.cuda.device import Device, open_device
 from mortice.plugins.executors.cuda.driver import Driver, load_driver
 from mortice.plugins.executors.cuda.errors import CudaError
@@ -55,8 +56,16 @@ def test_a_machine_without_a_driver_is_told_so_and_the_way_back() -> None:
         open_device()
 
 
+def test_without_a_driver_no_package_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
+    monkeypatch.setattr(driver, "is_driver_installed", lambda: False)
+    with pytest.raises(DeviceError, match=r'^no NVIDIA driver \(libcuda.so.1 was not found\); executor = "reference"'):
+        open_device()
+
+
 def test_missing_cuda_python_names_the_extras(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
+    monkeypatch.setattr(driver, "is_driver_installed", lambda: True)
     with pytest.raises(DeviceError, match=r'install mortice\[cuda12\] or mortice\[cuda13\]; executor = "reference"'):
         list_devices()
 
