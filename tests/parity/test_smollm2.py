@@ -78,7 +78,8 @@ def batch(smollm2: mortice.Pipeline, continuations: list[Continuation]) -> Itera
         session.close()
 
 
-def assert_same_or_tied(ours: list[int], continuation: Continuation) -> None:
+def is_same(ours: list[int], continuation: Continuation) -> bool:
+    """False where they part at two tokens that are equally good to llama.cpp; any other difference is an error."""
     theirs = continuation.generated
     assert len(ours) == len(theirs)
     for place, (our, their) in enumerate(zip(ours, theirs, strict=True)):
@@ -87,14 +88,15 @@ def assert_same_or_tied(ours: list[int], continuation: Continuation) -> None:
             gap = row.logprobs[0] - row.logprobs[1]
             assert our == row.ids[1], f"token {place}: {our} is not among llama.cpp's two best"
             assert gap <= 1e-2, f"token {place}: {our} instead of {their}, which is better by {gap}"
-            return
+            return False
+    return True
 
 
 def test_greedy_text_is_that_of_llamacpp(batch: list[list[int]], continuations: list[Continuation]) -> None:
     assert len(continuations) >= 10
-    for ours, continuation in zip(batch, continuations, strict=True):
-        assert len(ours) == GREEDY_TOKENS
-        assert_same_or_tied(ours, continuation)
+    assert {len(ours) for ours in batch} == {GREEDY_TOKENS}
+    same = [is_same(ours, continuation) for ours, continuation in zip(batch, continuations, strict=True)]
+    print(f"\nSmolLM2: {sum(same)} of {len(same)} greedy texts identical")
 
 
 def test_generate_yields_the_greedy_tokens_of_llamacpp(
