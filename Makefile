@@ -5,7 +5,7 @@ CUDA         ?= auto
 PROMPT       ?= Why is the sky blue? Answer in two sentences.
 MODEL        ?= $(VENV)/SmolLM2-135M-Instruct.Q4_1.gguf
 RUNFLAGS     ?= --chat --max-tokens 128
-TESTFLAGS    ?= -n auto
+TESTFLAGS    ?= -n auto --dist loadgroup
 BENCHFLAGS   ?=
 FUZZ_SECONDS ?= 60
 

@@ -13,12 +13,14 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import xllamacpp  # type: ignore[import-untyped]
+import pytest
 from attrs import define, field, frozen
 from numpy.typing import NDArray
 
 import mortice
 from mortice.core.plugin.registry import make_registry
+
+xllamacpp: Any = pytest.importorskip("xllamacpp", reason="xllamacpp, llama.cpp on the CPU, is not installed")
 
 
 @frozen(eq=False)

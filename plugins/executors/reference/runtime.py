@@ -66,6 +66,8 @@ class _Step:
     selected: NDArray[np.int64]
     parts: list[tuple[ReferenceSequence, int, int]]
     """(sequence, first row, one past the last row) of each part."""
+    turns: dict[object, tuple[Array, Array]] = field(factory=dict)
+    """RoPE's cosines and sines by the operator's constants: the same for every layer that shares them."""
 
 
 Run = Callable[[_Step, list[Array]], tuple[Array, ...]]
@@ -262,15 +264,16 @@ def _lower(operator: op.Operator, weights: list[_Weight]) -> Run:  # noqa: C901 
 
 def _rope(rope: op.Rope, weights: list[_Weight]) -> Run:
     frequencies, magnitude = rope_frequencies(rope, weights[0].vector() if weights else None)
+    key = (rope.dims, rope.base, rope.scaling, rope.factors)
 
     def run(step: _Step, x: list[Array]) -> tuple[Array, ...]:
-        # angles in float64: a position of 100,000 leaves float32 only three digits after the point
-        angles = step.positions[:, None] * frequencies
-        cos, sin = (
-            (np.cos(angles) * magnitude).astype(np.float32),
-            (np.sin(angles) * magnitude).astype(np.float32),
-        )
-        return (ops.rotate(x[0], cos, sin, rope.head_dim, rope.style),)
+        turns = step.turns.get(key)
+        if turns is None:
+            # angles in float64: a position of 100,000 leaves float32 only three digits after the point
+            angles = step.positions[:, None] * frequencies
+            cos, sin = (np.cos(angles) * magnitude).astype(np.float32), (np.sin(angles) * magnitude).astype(np.float32)
+            turns = step.turns[key] = cos, sin
+        return (ops.rotate(x[0], *turns, rope.head_dim, rope.style),)
 
     return run
 
