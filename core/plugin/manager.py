@@ -31,8 +31,8 @@ BUILTIN_PLUGINS = (
     "mortice.plugins.loaders.gguf.plugin",
     "mortice.plugins.archs",
     "mortice.plugins.qtypes",
+    "mortice.plugins.uploads.device",
     "mortice.plugins.uploads.host",
-    "mortice.plugins.uploads.pageable",
     "mortice.plugins.executors.cuda",
     "mortice.plugins.executors.reference",
 )
