@@ -20,6 +20,7 @@ from mortice.core.cli.chat import chat
 from mortice.core.cli.config import init, schema, show
 from mortice.core.cli.fit import fit
 from mortice.core.cli.inspect import inspect
+from mortice.core.cli.parity import parity
 from mortice.core.cli.plugins import list_plugins
 from mortice.core.cli.render import json_text, printable
 from mortice.core.cli.run import run
@@ -43,7 +44,7 @@ def make_app() -> App:
         help_flags=("--help", "-h"),
         help_format="plaintext",
     )
-    commands: list[Callable[..., int]] = [run, chat, validate, inspect, tokenize, fit, bench, synth]
+    commands: list[Callable[..., int]] = [run, chat, validate, inspect, tokenize, fit, bench, parity, synth]
     for command in commands:
         app.command(command)
     plugins = App(name="plugins", help="What is installed, and what it gives.")
