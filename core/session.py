@@ -90,7 +90,7 @@ class Session:
 
         pipeline = self.pipeline
         sampler = Sampler(sampling, pipeline.tokenizer.vocab_size, top_logprobs=generation.logprobs)
-        on_device = pipeline.runtime.device_chooser(self.sequence, sampling, generation)
+        on_device = pipeline.runtime.device_chooser(self.sequence, sampling, generation, self.fed)
 
         def choose(ids: Sequence[int], index: int) -> Sampled:
             new = list(ids)[self.rewind_to(ids) :] if index == 0 else list(ids)

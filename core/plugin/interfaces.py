@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from attrs import define, field, frozen, validators
 from numpy.typing import NDArray
 
+from mortice.core.model.operators import Buffer
 from mortice.core.model.program import Program
 from mortice.core.model.qtypes import QType
 from mortice.core.model.residency import Arena, BoundModel, ResidentWeights
@@ -27,6 +28,7 @@ __all__ = [
     "RuntimeSettings",
     "StepPart",
     "TokenSequence",
+    "Traceable",
     "UploadStrategy",
 ]
 
@@ -160,9 +162,19 @@ class Runtime(Protocol):
         ...
 
     def device_chooser(
-        self, sequence: TokenSequence, sampling: SamplingParams, generation: GenerationParams
+        self,
+        sequence: TokenSequence,
+        sampling: SamplingParams,
+        generation: GenerationParams,
+        fed: Sequence[int] | None = None,
     ) -> ChooseToken | None:
         """Something that feeds tokens and chooses the next one without logits leaving the device.
+
+        Args:
+            sequence: what is fed.
+            sampling: how to choose.
+            generation: for the alternatives to report.
+            fed: the sequence's tokens so far, a list the caller keeps up to date; penalties need it.
 
         Returns:
             It, for use with this sequence only; None where the host has to sample.
@@ -172,6 +184,32 @@ class Runtime(Protocol):
 
     def close(self) -> None:
         """Give all memory back; calling twice is fine."""
+        ...
+
+
+@runtime_checkable
+class Traceable(Protocol):
+    """A runtime that can show the values within a step; optional, ``mortice parity`` looks for it."""
+
+    def trace(
+        self, parts: Sequence[StepPart], see: Callable[[Buffer, NDArray[np.float32]], None]
+    ) -> NDArray[np.float32]:
+        """Run a step like `Runtime.step`, with the same kernels where that is possible, and show what it writes.
+
+        Args:
+            parts: as for `Runtime.step`; not more tokens in all than ``settings.step_tokens``.
+            see: called with each buffer of the program that is written to memory, once, and its value: float32, shape
+                (rows, width), the caller's to keep. Rows are the tokens of all parts in order, from `SelectRows` on
+                those whose logits were asked for. A value that exists only within a kernel is left out, so an executor
+                that fuses operators shows the last of each group.
+
+        Returns:
+            The logits, as `Runtime.step` does.
+
+        Raises:
+            InputError: before any work, as `Runtime.step` does, and for more tokens than a step has.
+
+        """
         ...
 
 

@@ -63,6 +63,7 @@ FLOORS = (  # from the ground up
     Floor("testing", ("core/testing/*",), "the kit for plugin authors runs whole pipelines"),
     Floor("synth", ("core/synth/*",), "models with random weights, written with the kit for tests"),
     Floor("bench", ("core/bench/*",), "measures pipelines"),
+    Floor("parity", ("core/parity/*",), "holds pipelines against each other"),
     Floor("cli", ("core/cli/*",), "speaks to people; nothing builds on it"),
     Floor("face", (FACE,), "what `import mortice` offers; nothing inside uses it"),
 )

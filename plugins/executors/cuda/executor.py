@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from attrs import define, field
-from numpy.typing import NDArray
 
 from mortice.core.model import operators as op
 from mortice.core.model.operators import OPERATOR_KINDS
@@ -16,48 +14,17 @@ from mortice.core.model.residency import BoundModel
 from mortice.core.model.types import DeviceInfo
 from mortice.core.model.weight_plan import Kernel
 from mortice.core.plugin.interfaces import Emit, QuantizationType, RuntimeSettings
+from mortice.plugins.executors.cuda.arena import CudaArena
 from mortice.plugins.executors.cuda.device import Device, open_device
 from mortice.plugins.executors.cuda.layouts import TileLayout
 from mortice.plugins.executors.cuda.lowering import Lowering
-from mortice.plugins.executors.cuda.memory import DeviceBuffer
 from mortice.plugins.executors.cuda.runtime import CudaRuntime, kv_pool_bytes, runtime_bytes
 from mortice.plugins.executors.cuda.sources import KernelSources
-from mortice.plugins.executors.cuda.stream import Stream
 from mortice.plugins.executors.cuda.vectors import VectorLayout
 
-__all__ = ["CudaArena", "CudaExecutor"]
+__all__ = ["CudaExecutor"]
 
 _KV_TYPES = ("auto", "f16", "f32")
-
-
-@define(eq=False)
-class CudaArena:
-    """One allocation on the card."""
-
-    device: Device
-    buffer: DeviceBuffer
-    stream: Stream
-    kind: str = "cuda"
-
-    @property
-    def address(self) -> int:
-        return self.buffer.address
-
-    @property
-    def nbytes(self) -> int:
-        return self.buffer.nbytes
-
-    def host_view(self) -> NDArray[np.uint8] | None:
-        return None
-
-    def write(self, offset: int, data: NDArray[np.uint8]) -> None:
-        self.device.make_current()
-        self.stream.write(self.address + offset, data)
-
-    def close(self) -> None:
-        self.device.make_current()
-        self.buffer.close()
-        self.stream.close()
 
 
 @define(eq=False)
@@ -122,7 +89,7 @@ class CudaExecutor:
         return CudaArena(device, device.allocate(max(nbytes, 1)), device.new_stream())
 
     def default_upload(self) -> str:
-        return "pageable"
+        return "measured"
 
     def open(self, model: BoundModel, settings: RuntimeSettings, emit: Emit) -> CudaRuntime:
         device = self.opened()

@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from mortice.core.errors import ExecutionError
 from mortice.core.model import operators as op
@@ -128,6 +128,7 @@ class LaunchSpec:
         shared_symbol: the constant of the source that says how much dynamic shared memory it wants; none without.
         grid: blocks for (rows, blocks the card runs at once).
         args: arguments for (addresses, rows).
+        outputs: the buffers that are complete when it is done.
 
     """
 
@@ -139,6 +140,7 @@ class LaunchSpec:
     shared_symbol: str = ""
     grid: Callable[[int, int], tuple[int, int, int]]
     args: Callable[[Addresses, int], tuple[Any, ...]]
+    outputs: tuple[Buffer, ...] = ()
 
 
 def place_program(program: Program, rows: int) -> tuple[list[Group], Workspace]:
@@ -220,14 +222,14 @@ class Lowering:
         target = body
         for group in self.groups:
             if isinstance(group, LinearGroup):
-                target += self._linear(group, tokens)
-                continue
-            if isinstance(group, PlaceGroup):
-                target.append(self._place(group))
-                continue
-            if isinstance(group.operator, op.SelectRows):
-                target = head
-            target.append(self._single(group.operator))
+                specs, outputs = self._linear(group, tokens), group.outputs
+            elif isinstance(group, PlaceGroup):
+                specs, outputs = [self._place(group)], group.outputs
+            else:
+                if isinstance(group.operator, op.SelectRows):
+                    target = head
+                specs, outputs = [self._single(group.operator)], group.operator.outputs
+            target += (*specs[:-1], evolve(specs[-1], outputs=outputs))
         return body, head
 
     # linear maps ------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mortice.core.errors import InputError
 from mortice.core.model import operators as op
+from mortice.core.model.operators import Buffer
 from mortice.core.model.program import KvShape, Program
 from mortice.core.model.residency import BoundModel
 from mortice.core.model.rope import rope_frequencies
@@ -21,8 +22,8 @@ from mortice.core.text.params import GenerationParams, SamplingParams
 from mortice.plugins.executors.cuda.bandwidth import measure_read_bandwidth
 from mortice.plugins.executors.cuda.build import compile_all
 from mortice.plugins.executors.cuda.cache import KernelCache
+from mortice.plugins.executors.cuda.choosing import TOP_LIMIT, Decoder, TokenChooser, choice_bytes
 from mortice.plugins.executors.cuda.device import Device
-from mortice.plugins.executors.cuda.greedy import BLOCKS, RING, Chosen, GreedyArgs, GreedyDecoder, Running
 from mortice.plugins.executors.cuda.kv_pool import PAGE_TOKENS, CudaSequence, PagePool
 from mortice.plugins.executors.cuda.lowering import (
     LOGIT_ROWS,
@@ -34,7 +35,6 @@ from mortice.plugins.executors.cuda.lowering import (
     rope_key,
     scratch_bytes,
 )
-from mortice.plugins.executors.cuda.nvrtc import Source
 from mortice.plugins.executors.cuda.rows import Row, RowTable
 from mortice.plugins.executors.cuda.stream import Event, Stream
 
@@ -61,7 +61,9 @@ def runtime_bytes(program: Program, settings: RuntimeSettings, sm_count: int) ->
     _, workspace = place_program(program, settings.step_tokens)
     rows = RowTable.nbytes(settings.step_tokens, MAX_SEQUENCES, page_count(settings))
     ropes = {rope_key(o): 8 * (o.dims // 2) for o in program.operators if isinstance(o, op.Rope)}
-    return workspace.nbytes + sum(scratch_bytes(program, sm_count, settings.step_tokens)) + rows + sum(ropes.values())
+    choice = choice_bytes(program.vocab_size, settings.context_length, sm_count)
+    scratch = sum(scratch_bytes(program, sm_count, settings.step_tokens))
+    return workspace.nbytes + scratch + rows + sum(ropes.values()) + choice
 
 
 @define(eq=False)
@@ -85,9 +87,9 @@ class CudaRuntime:
         device, lowering, program = self.device, self.lowering, self.model.plan.program
         device.make_current()
         self._specs = {tokens: lowering.launches(tokens) for tokens in TOKEN_TILES}
-        self._greedy_source = lowering.sources.greedy()
+        choose = lowering.sources.choose(program.vocab_size, lowering.sm_count)
         sources = {spec.source for body, head in self._specs.values() for spec in (*body, *head)}
-        sources.add(self._greedy_source)
+        sources.add(choose)
         self.build = compile_all(sources, device.arch, cache=KernelCache())
         self._modules = {source: device.load(self.build.kernels[source].cubin) for source in sources}
         self._functions = {
@@ -95,8 +97,10 @@ class CudaRuntime:
             for body, head in self._specs.values()
             for spec in (*body, *head)
         }
-        self._functions[self._greedy_source, "greedy"] = self._modules[self._greedy_source].function("greedy")
         self.stream = device.new_stream()
+        self.chooser = self._own(
+            TokenChooser(device, self.stream, self._modules[choose], program.vocab_size, self.settings.context_length)
+        )
         self._rows = self._own(RowTable(device, lowering.rows, MAX_SEQUENCES, page_count(self.settings)))
         workspace = self._own(device.allocate(lowering.workspace.nbytes))
         partial, arrivals = (
@@ -140,11 +144,7 @@ class CudaRuntime:
     _logits_address: int = field(init=False, repr=False)
     _addresses: Addresses = field(init=False, repr=False)
     _slots: list[int] = field(init=False, repr=False)
-    _greedy_source: Source = field(init=False, repr=False)
-    _chosen: Any = field(default=None, init=False, repr=False)
-    _events: list[Any] = field(factory=list, init=False, repr=False)
-    _steps: int = field(default=0, init=False, repr=False)
-    _steps_address: int = field(default=0, init=False, repr=False)
+    chooser: TokenChooser = field(init=False, repr=False)
 
     def _own(self, memory: Any) -> Any:
         self._owned.append(memory)
@@ -247,11 +247,12 @@ class CudaRuntime:
     def _read_logits(self, rows: int) -> NDArray[np.float32]:
         vocab_size = self.model.plan.program.vocab_size
         self.stream.copy_to_host(self._logits.address, self._logits_address, 4 * rows * vocab_size)
-        self._wait(self.stream)
+        self.wait(self.stream)
         logits: NDArray[np.float32] = self._logits.array.view(np.float32)[: rows * vocab_size]
         return logits.reshape(rows, vocab_size).copy()
 
-    def _wait(self, work: Stream | Event) -> None:
+    def wait(self, work: Stream | Event) -> None:
+        """Wait for work on the card, and note for how long."""
         started = time.perf_counter()
         work.synchronize()
         self.waited_seconds += time.perf_counter() - started
@@ -326,6 +327,43 @@ class CudaRuntime:
         end.close()
         return times
 
+    def trace(
+        self, parts: Sequence[StepPart], see: Callable[[Buffer, NDArray[np.float32]], None]
+    ) -> NDArray[np.float32]:
+        """Run a step launch by launch, with the kernels of `step` but no graph, and show what each launch wrote."""
+        self.device.make_current()
+        rows = self._check(parts)
+        if len(rows) > self.lowering.rows:
+            raise InputError(
+                f"found {len(rows)} tokens to trace, wanted at most {self.lowering.rows} (executor.step_tokens)"
+            )
+        self.epoch += 1
+        for part in parts:
+            sequence = _own_sequence(part.sequence)
+            self._reserve(sequence, sequence.length + len(part.token_ids))
+        wanted = self._rows.send(rows, self.stream)
+        self._trace("body", len(rows), see)
+        pieces: dict[Buffer, list[NDArray[np.float32]]] = {}
+        for start in range(0, len(wanted), LOGIT_ROWS):
+            chosen = wanted[start : start + LOGIT_ROWS]
+            if start:
+                self._rows.select(chosen, self.stream)
+            self._trace("head", len(chosen), lambda buffer, value: pieces.setdefault(buffer, []).append(value))
+        for buffer, values in pieces.items():
+            see(buffer, np.concatenate(values))
+        for part in parts:
+            _own_sequence(part.sequence).length += len(part.token_ids)
+        logits = self.model.plan.program.logits
+        return np.concatenate(pieces[logits]) if pieces else np.empty((0, logits.width), np.float32)
+
+    def _trace(self, part: str, rows: int, see: Callable[[Buffer, NDArray[np.float32]], None]) -> None:
+        for spec, launch in zip(self._specs_of(part, rows), self._plan(part, rows), strict=True):
+            launch(self.stream)
+            for buffer in spec.outputs:  # now: a later launch may use their memory for something else
+                value = np.empty((rows, buffer.width), np.float32)
+                self.stream.read(value, self._addresses.workspace + self.lowering.workspace.offsets[buffer])
+                see(buffer, value)
+
     def measure_read_bandwidth(self) -> float:
         """Bytes per second this card reads at best."""
         self.device.make_current()
@@ -337,8 +375,12 @@ class CudaRuntime:
         if captured is None:
             started = time.perf_counter()
             plans = [self._prepare("body", 1), self._prepare("head", 1)]
-            if ending == "greedy":
-                plans.append([self._greedy_launch()])
+            if ending == "choose":
+                rows = self._rows
+                launch = self.chooser.launch(
+                    logits=self._logits_address, token_ids=rows.token_ids, positions=rows.positions
+                )
+                plans.append([launch])
             with self.stream.capture() as graph:
                 for plan in plans:
                     for launch in plan:
@@ -357,67 +399,34 @@ class CudaRuntime:
                 graph.close()
             self._graphs.clear()
 
-    # greedy decoding --------------------------------------------------------------------------------------------
+    # choosing tokens --------------------------------------------------------------------------------------------
 
     def device_chooser(
-        self, sequence: TokenSequence, sampling: SamplingParams, generation: GenerationParams
-    ) -> GreedyDecoder | None:
-        """A chooser that works on the device, or None where the host has to sample."""
-        plain = sampling.greedy and not sampling.penalises and not sampling.logit_bias and not generation.logprobs
-        return GreedyDecoder(self, _own_sequence(sequence)) if plain else None
+        self,
+        sequence: TokenSequence,
+        sampling: SamplingParams,
+        generation: GenerationParams,
+        fed: Sequence[int] | None = None,
+    ) -> Decoder | None:
+        """A chooser that works on the device, or None where the host has to sample.
 
-    def _greedy_launch(self) -> Any:
-        scratch = self._own(self.device.allocate(12 * BLOCKS + 8))
-        self._chosen = self._own(self.device.allocate_host(8 * RING))
-        self._events = [self.device.new_event() for _ in range(RING)]
-        self.stream.fill(scratch.address, 0, scratch.nbytes)
-        self._steps_address, self._steps = scratch.address + 12 * BLOCKS + 4, 0
-        args = GreedyArgs(
-            logits=self._logits_address,
-            vocab_size=self.model.plan.program.vocab_size,
-            partial=scratch.address,
-            arrivals=scratch.address + 12 * BLOCKS,
-            token_ids=self._rows.token_ids,
-            positions=self._rows.positions,
-            steps=self._steps_address,
-            chosen=self._chosen.device_address,
-            ring=RING,
-        )
-        self.stream.synchronize()
-        return self._functions[self._greedy_source, "greedy"].prepare(
-            BLOCKS, 256, (args,), pdl=self.device.properties.compute_capability >= (9, 0)
-        )
+        `fed` is the caller's list of the sequence's tokens, kept up to date; penalties need it.
+        """
+        if generation.logprobs > min(TOP_LIMIT, self.chooser.vocab_size) or (sampling.penalises and fed is None):
+            return None
+        own = _own_sequence(sequence)
+        return Decoder(self, own, sampling.seeded(), generation.logprobs, fed if fed is not None else ())
 
-    def begin_greedy(self, sequence: CudaSequence, token: int) -> Running:
-        """Feed a token and choose the next one; returns what `take` waits for."""
-        self.device.make_current()
-        self.epoch += 1
-        graph = self._decode_graph("greedy")
-        self._reserve(sequence, sequence.length + 1)
-        self._rows.send([(sequence, token, sequence.length, True)], self.stream)
-        return self._launch_greedy(graph)
-
-    def continue_greedy(self, sequence: CudaSequence) -> Running:
-        """Feed the token just chosen, wherever it is, and choose the next one."""
-        self.device.make_current()
-        if self._reserve(sequence, sequence.length + 1):
+    def decode(self, sequence: CudaSequence, token: int | None) -> None:
+        """Queue a step of one token that ends with choosing the next: a given one, or None for the one chosen last."""
+        graph = self._decode_graph("choose")
+        grown = self._reserve(sequence, sequence.length + 1)
+        if token is not None:
+            self.epoch += 1
+            self._rows.send([(sequence, token, sequence.length, True)], self.stream)
+        elif grown:
             self._rows.send_pages(sequence, self.stream)
-        return self._launch_greedy(self._decode_graph("greedy"))
-
-    def _launch_greedy(self, graph: Any) -> Running:
-        slot = self._steps % RING
-        self._steps += 1
         graph.launch(self.stream)
-        event = self._events[slot]
-        event.record(self.stream)
-        return event, slot
-
-    def take(self, running: Running) -> tuple[int, float]:
-        """Wait for a step; the token chosen and its log-probability."""
-        event, slot = running
-        self._wait(event)
-        chosen = Chosen.from_buffer(self._chosen.array.data, 8 * slot)
-        return chosen.id, chosen.logprob
 
     def close(self) -> None:
         if self._owned:

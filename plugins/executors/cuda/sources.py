@@ -9,6 +9,7 @@ from attrs import frozen
 
 from mortice.core.model.operators import Attention, Norm
 from mortice.core.model.weight_plan import PlannedWeight
+from mortice.plugins.executors.cuda.choosing import choice_blocks, choice_defines
 from mortice.plugins.executors.cuda.flatten import flatten
 from mortice.plugins.executors.cuda.fusion import PlaceGroup
 from mortice.plugins.executors.cuda.layouts import tile_geometry
@@ -106,9 +107,9 @@ class KernelSources:
         """See ``ops/read.cu``."""
         return self._source("read.cu", {})
 
-    def greedy(self) -> Source:
-        """See ``ops/greedy.cu``."""
-        return self._source("greedy.cu", {})
+    def choose(self, vocab_size: int, sm_count: int) -> Source:
+        """See ``ops/choose.cu``."""
+        return self._source("choose.cu", choice_defines(vocab_size, choice_blocks(sm_count)))
 
     def _source(self, file: str, defines: Mapping[str, str | int], qtypes: Sequence[str] = ()) -> Source:
         headers = [self.traits[name] for name in sorted(set(qtypes))]

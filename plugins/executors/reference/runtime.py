@@ -71,6 +71,8 @@ class _Step:
 
 
 Run = Callable[[_Step, list[Array]], tuple[Array, ...]]
+Observe = Callable[["_Bound", tuple[Array, ...], float], None]
+"""Told of an operator that ran, its outputs, and the seconds it took."""
 
 
 @frozen(eq=False)
@@ -83,6 +85,8 @@ class _Bound:
     inputs: list[int]
     outputs: list[int]
     ends: list[int]
+    buffers: tuple[op.Buffer, ...]
+    """What the outputs are in the program."""
 
 
 @define(eq=False)
@@ -115,31 +119,45 @@ class ReferenceRuntime:
             label = operator.kind
             if isinstance(operator, op.Linear):
                 label += f" {self.model.plan.weights[bound.weights[0]].tensor.qtype.name}"
-            self._plan.append(_Bound(operator.name, label, run, inputs, outputs, ends))
+            self._plan.append(_Bound(operator.name, label, run, inputs, outputs, ends, operator.outputs))
         self._logits = numbers[program.logits]
 
     def new_sequence(self) -> ReferenceSequence:
         return ReferenceSequence(self.model.plan.program.kv, self.settings.context_length)
 
     def step(self, parts: Sequence[StepPart]) -> Array:
-        return self._timed_step(parts, None)
+        return self._observed_step(self._prepare(parts), None)
 
     def profile(self, parts: Sequence[StepPart]) -> list[tuple[str, float]]:
         """Run a step; the kind of each operator, its weight's type after it, and the seconds it took."""
         times: list[tuple[str, float]] = []
-        self._timed_step(parts, times)
+        self._observed_step(self._prepare(parts), lambda bound, _, seconds: times.append((bound.label, seconds)))
         return times
+
+    def trace(self, parts: Sequence[StepPart], see: Callable[[op.Buffer, Array], None]) -> Array:
+        """Run a step and show the output of every operator."""
+        step = self._prepare(parts)
+        if len(step.token_ids) > self.settings.step_tokens:
+            raise InputError(
+                f"found {len(step.token_ids)} tokens to trace, wanted at most {self.settings.step_tokens} "
+                "(executor.step_tokens)"
+            )
+
+        def observe(bound: _Bound, outputs: tuple[Array, ...], _: float) -> None:
+            for buffer, value in zip(bound.buffers, outputs, strict=True):
+                see(buffer, value)
+
+        return self._observed_step(step, observe)
 
     def measure_read_bandwidth(self) -> float:
         """Bytes a second that all cores together read from memory, measured now."""
         return read_bandwidth()
 
-    def _timed_step(self, parts: Sequence[StepPart], times: list[tuple[str, float]] | None) -> Array:
+    def _observed_step(self, step: _Step, observe: Observe | None) -> Array:
         started = time.perf_counter()
-        step = self._prepare(parts)
         # what overflows shows in the logits, and is reported there
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            logits = self._run(step, times)
+            logits = self._run(step, observe)
         if not np.isfinite(logits).all():
             raise ExecutionError("the logits hold NaN or infinity: the weights are broken, or float32 overflowed")
         for sequence, first, last in step.parts:
@@ -147,7 +165,7 @@ class ReferenceRuntime:
         self.emit(StepDone(tokens=len(step.token_ids), seconds=time.perf_counter() - started))
         return logits
 
-    def _run(self, step: _Step, times: list[tuple[str, float]] | None) -> Array:
+    def _run(self, step: _Step, observe: Observe | None) -> Array:
         values: dict[int, Array] = {}
         for bound in self._plan:
             started = time.perf_counter()
@@ -155,14 +173,20 @@ class ReferenceRuntime:
                 results = bound.run(step, [values[number] for number in bound.inputs])
             except (FloatingPointError, ValueError, MemoryError) as error:
                 raise ExecutionError(f"{bound.name}: {error}") from error
+            if observe is not None:
+                observe(bound, results, time.perf_counter() - started)
             values.update(zip(bound.outputs, results, strict=True))
             for number in bound.ends:
                 values.pop(number, None)
-            if times is not None:
-                times.append((bound.label, time.perf_counter() - started))
         return values[self._logits]
 
-    def device_chooser(self, sequence: TokenSequence, sampling: SamplingParams, generation: GenerationParams) -> None:
+    def device_chooser(
+        self,
+        sequence: TokenSequence,
+        sampling: SamplingParams,
+        generation: GenerationParams,
+        fed: Sequence[int] | None = None,
+    ) -> None:
         """None: the host is the device, so it samples."""
 
     def _prepare(self, parts: Sequence[StepPart]) -> _Step:

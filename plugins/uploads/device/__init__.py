@@ -10,11 +10,11 @@ from mortice.plugins.uploads.device.mapped import MappedWay
 from mortice.plugins.uploads.device.measured import MeasuredUpload
 from mortice.plugins.uploads.device.pageable import PageableWay
 from mortice.plugins.uploads.device.pinned import PinnedWay
-from mortice.plugins.uploads.device.strategy import DeviceUpload
+from mortice.plugins.uploads.device.strategy import DeviceUpload, Way
 
 
 @hookimpl
 def mortice_upload_strategies() -> Iterable[UploadStrategy]:
     """Three ways, and the choice between them."""
-    ways = (PinnedWay(), MappedWay(), PageableWay())
-    return [*map(DeviceUpload, ways), MeasuredUpload(ways)]
+    ways: tuple[Way, ...] = (PinnedWay(), MappedWay(), PageableWay())
+    return [*(DeviceUpload(way) for way in ways), MeasuredUpload(ways)]

@@ -53,7 +53,7 @@ def run_crew(
     """Run `work` on each of `threads` threads until the jobs are used up.
 
     The first exception, in a thread, in `done` or an interrupt, ends all after the job each has in hand, and passes on.
-    No thread is left when this returns or raises.
+    No thread works when this returns or raises.
 
     Args:
         work: takes jobs from the iterator it is given, which the threads share, and yields what to report.
@@ -71,7 +71,7 @@ def run_crew(
         try:
             for report in work(shared):
                 reports.put(report)
-        except BaseException as caught:  # raised again by the caller
+        except BaseException as caught:  # noqa: BLE001 (raised again by the caller)
             error = caught
         reports.put(_Ended(error))
 
@@ -90,11 +90,14 @@ def run_crew(
                 raise report.error
     finally:
         shared.stop()
-        _join([thread for thread in crew if thread.ident is not None])
+        _join(crew)
 
 
 def _join(crew: list[Thread]) -> None:
-    """Wait for the threads, through interrupts too: what they use is freed afterwards."""
+    """Wait for the threads, through interrupts too: what they use is freed afterwards.
+
+    One that an interrupt caught while it was starting is not alive yet, and will find the jobs stopped.
+    """
     interrupt: KeyboardInterrupt | None = None
     for thread in crew:
         while thread.is_alive():

@@ -1,4 +1,4 @@
-"""From the pages of the mapped file: they are registered with the driver, a window at a time, and read by the device."""
+"""From the pages of the mapped file, which the driver pins a window at a time."""
 
 from __future__ import annotations
 
@@ -58,15 +58,15 @@ class MappedWay:
 
         threads = max(1, min(len(windows), cores(), _MOST_THREADS))
         run_crew(work, windows, threads=threads, name="mortice-upload", done=arrived)
-        for batch in batches(across, intake):
+        for batch in batches(across, intake):  # from ordinary memory: no window is registered any more
             intake.send(batch).wait()
             arrived(batch)
 
 
 def _windows(rows: Sequence[RawRows], intake: Intake, nbytes: int) -> tuple[list[_Window], list[RawRows]]:
-    """Windows over the pages of `rows`, and copies of the rows that reach over a window's end.
+    """Windows over the pages of `rows`, and the rows that reach over a window's end.
 
-    A copy by the driver has to lie within one registration.
+    A copy by the driver has to lie within one registration, or in memory that is not registered at all.
     """
     windows = [
         _Window(start, min(start + nbytes, stop))
@@ -84,10 +84,8 @@ def _windows(rows: Sequence[RawRows], intake: Intake, nbytes: int) -> tuple[list
             window = windows[bisect(starts, here) - 1]
             inside = (window.stop - here) // (step * row_bytes) * step
             data = part.data[row : row + (inside or step)]
-            kept = data if inside else data.copy()
-            (window.rows if inside else across).append(
-                RawRows(index=part.index, row_start=part.row_start + row, data=kept)
-            )
+            piece = RawRows(index=part.index, row_start=part.row_start + row, data=data)
+            (window.rows if inside else across).append(piece)
             row += len(data)
     return [window for window in windows if window.rows], across
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from attrs import define, field
 
 from mortice.core.errors import DoesNotFitError, UnsupportedError
-from mortice.core.model.residency import Intake, RawRows, ResidentWeights, batches
+from mortice.core.model.residency import Intake, RawRows, ResidentWeights
 from mortice.core.plugin.interfaces import Emit
 from mortice.plugins.uploads.device.strategy import Arrived, Way, upload_by
 
@@ -57,7 +58,7 @@ class MeasuredWay:
     clock: Callable[[], float] = field(default=time.perf_counter, kw_only=True)
 
     def move(self, resident: ResidentWeights, intake: Intake, rows: Sequence[RawRows], arrived: Arrived) -> None:
-        left = _Left(rows, intake, arrived)
+        left = _Left(rows, arrived)
         best: Way | None = None
         best_rate = 0.0
         refusals = []
@@ -68,12 +69,13 @@ class MeasuredWay:
             wanted = best_rate if last else max(best_rate, self.good_enough)
             try:
                 way.move(resident, intake, left.rows(), self._judged(left, wanted))
-                return
             except _TooSlowError as slow:
                 if slow.rate > best_rate:
                     best, best_rate = way, slow.rate
             except (UnsupportedError, DoesNotFitError) as refusal:
                 refusals.append(str(refusal))
+            else:
+                return
         if best is None:
             raise UnsupportedError("\n".join(refusals))
         best.move(resident, intake, left.rows(), left.arrived)
@@ -99,4 +101,27 @@ class MeasuredWay:
 
 
 class _Left:
-    """Rows that have not arrived, counted by the smallest part that ways move: a row."""
+    """Which rows have not arrived, whatever parts they come in."""
+
+    def __init__(self, rows: Sequence[RawRows], arrived: Arrived) -> None:
+        self.nbytes = sum(part.data.nbytes for part in rows)
+        self._weights = {part.index: part for part in rows}
+        self._open = {part.index: np.ones(len(part.data), np.bool_) for part in rows}
+        self._arrived = arrived
+
+    def arrived(self, parts: Sequence[RawRows]) -> None:
+        for part in parts:
+            start = part.row_start - self._weights[part.index].row_start
+            self._open[part.index][start : start + len(part.data)] = False
+            self.nbytes -= part.data.nbytes
+        self._arrived(parts)
+
+    def rows(self) -> list[RawRows]:
+        """Those left, in their order, neighbours together."""
+        left = []
+        for index, weight in self._weights.items():
+            edges = np.flatnonzero(np.diff(self._open[index], prepend=False, append=False))
+            for start, stop in edges.reshape(-1, 2).tolist():
+                row_start = weight.row_start + start
+                left.append(RawRows(index=index, row_start=row_start, data=weight.data[start:stop]))
+        return left

@@ -296,7 +296,8 @@ def test_mortice_kernels_that_are_none_are_refused(give: Callable[[], list[objec
 def test_mortice_upload_strategies_are_found_by_name() -> None:
     registry = make_registry({"mine": plugin_of(mortice_upload_strategies=lambda: [Upload()])})
     assert registry.provider(registry.upload("teleport")) == "mine"
-    with pytest.raises(ConfigError, match=r"^upload.strategy: unknown 'telepart'; have host, pageable, teleport$"):
+    have = "host, mapped, measured, pageable, pinned, teleport"
+    with pytest.raises(ConfigError, match=rf"^upload.strategy: unknown 'telepart'; have {have}$"):
         registry.upload("telepart")
 
 
