@@ -11,6 +11,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mortice.core.version import __version__
+
 if TYPE_CHECKING:
     from mortice.core.config import RunConfig
     from mortice.core.config_layers import read_config
@@ -18,8 +20,17 @@ if TYPE_CHECKING:
     from mortice.core.pipeline import Pipeline, load, prepare
     from mortice.core.stages import validate_file as validate
 
-__all__ = ["InputError", "MorticeError", "Pipeline", "RunConfig", "load", "prepare", "read_config", "validate"]
-__version__ = "0.1.0"
+__all__ = [
+    "InputError",
+    "MorticeError",
+    "Pipeline",
+    "RunConfig",
+    "__version__",
+    "load",
+    "prepare",
+    "read_config",
+    "validate",
+]
 
 _HOMES = {
     "InputError": "mortice.core.errors:InputError",

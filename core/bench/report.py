@@ -9,13 +9,13 @@ import platform
 import statistics
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any
 
 from attrs import asdict
 
 from mortice.core.bench.results import BenchReport, SpeedRow
 from mortice.core.errors import ConfigError
+from mortice.core.version import __version__
 
 __all__ = ["as_dict", "csv_text", "load_plotext", "markdown", "plot"]
 
@@ -24,7 +24,7 @@ def as_dict(report: BenchReport) -> dict[str, Any]:
     """Everything, in seconds and bytes, with what was worked out from it."""
     startup = report.startup
     return {
-        "mortice": version("mortice"),
+        "mortice": __version__,
         "python": platform.python_version(),
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         **asdict(report.subject),
@@ -87,7 +87,7 @@ def _subject(report: BenchReport) -> str:
     place = f"executor {subject.executor} on {subject.device}; weights as {layouts}; KV cache {subject.kv_type}"
     return "\n".join(
         (
-            f"{model}, {subject.file_bytes / 2**20:.1f} MiB; mortice {version('mortice')}",
+            f"{model}, {subject.file_bytes / 2**20:.1f} MiB; mortice {__version__}",
             f"{place}, context {subject.context_length}; upload {subject.upload}",
             f"read bandwidth {bandwidth}; {subject.cores} cores{load}",
         )

@@ -28,6 +28,7 @@ from mortice.core.cli.synth import synth
 from mortice.core.cli.tokenize import tokenize
 from mortice.core.cli.validate import validate
 from mortice.core.errors import MorticeError
+from mortice.core.version import __version__
 
 __all__ = ["main", "make_app"]
 
@@ -40,7 +41,7 @@ def make_app() -> App:
     app = App(
         name="mortice",
         help="Turns a quantised model file into a validated, resident inference pipeline.",
-        version=_version,
+        version=__version__,
         help_flags=("--help", "-h"),
         help_format="plaintext",
     )
@@ -56,12 +57,6 @@ def make_app() -> App:
         config.command(command)
     app.command(config)
     return app
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("mortice")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

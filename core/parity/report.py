@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from attrs import frozen
 from mortice.core.errors import ConfigError, ExecutionError
 from mortice.core.parity.measures import TOP
 from mortice.core.parity.results import MODES, Comparison, ParityReport
+from mortice.core.version import __version__
 
 __all__ = ["Cell", "as_dict", "distribution_rows", "grid", "kind_rows", "load_matplotlib", "summary", "write_picture"]
 
@@ -25,7 +25,7 @@ def as_dict(report: ParityReport) -> dict[str, Any]:
     """Everything, every position's divergence included."""
     tolerances, wrong = report.tolerances, report.first_wrong
     return {
-        "mortice": version("mortice"),
+        "mortice": __version__,
         "model": report.model,
         "executor": report.executor,
         "device": report.device,

@@ -30,7 +30,11 @@ class Floor(NamedTuple):
 FLOORS = (  # from the ground up
     Floor("markers", ("core/__init__.py", "core/*/__init__.py"), "importing a leaf must drag nothing else in"),
     Floor("contracts", ("arch_contracts/*",), "data about model families; readable and checkable on its own"),
-    Floor("basics", ("core/errors.py", "core/model/qtypes.py"), "every floor raises errors and names types"),
+    Floor(
+        "basics",
+        ("core/version.py", "core/errors.py", "core/model/qtypes.py"),
+        "every floor raises errors and names types",
+    ),
     Floor(
         "descriptors",
         ("core/model/types.py", "core/model/findings.py", "core/model/operators.py", "core/text/params.py"),

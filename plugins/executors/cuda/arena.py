@@ -144,7 +144,7 @@ def _open_intake(arena: CudaArena, weights: Mapping[int, _Tiled], stack: ExitSta
     stack.callback(laying.close)
     slots = []
     for number in range(_SLOTS):
-        slot = _Slot(ring.address + number * capacity, device.new_event(), device.new_event())
+        slot = _Slot(ring.address + number * capacity, device.new_event(blocking=True), device.new_event())
         stack.callback(slot.copied.close)
         stack.callback(slot.free.close)
         slots.append(slot)

@@ -224,12 +224,14 @@ class Device:
         flags = self._driver.api.CUstream_flags.CU_STREAM_NON_BLOCKING
         return Stream(self._driver, self._driver("cuStreamCreateWithPriority", int(flags), priority))
 
-    def new_event(self, *, timing: bool = False) -> Event:
-        """An event; those that take no time are cheaper."""
+    def new_event(self, *, timing: bool = False, blocking: bool = False) -> Event:
+        """An event; those that take no time are cheaper. Waiting for a `blocking` one sleeps instead of spinning."""
         self.make_current()
         kinds = self._driver.api.CUevent_flags
-        flags = kinds.CU_EVENT_DEFAULT if timing else kinds.CU_EVENT_DISABLE_TIMING
-        return Event(self._driver, self._driver("cuEventCreate", int(flags)))
+        flags = int(kinds.CU_EVENT_DEFAULT if timing else kinds.CU_EVENT_DISABLE_TIMING)
+        if blocking:
+            flags |= int(kinds.CU_EVENT_BLOCKING_SYNC)
+        return Event(self._driver, self._driver("cuEventCreate", flags))
 
     def load(self, cubin: bytes) -> Module:
         """Bring compiled code to the device."""
