@@ -23,7 +23,13 @@ from mortice.core.cli.main import main
 from tests.support.models import smollm2_path
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", "docs/how-to/run-from-a-config.md", "docs/reference/cli.md", "docs/reference/python-api.md"]
+PAGES = [
+    "README.md",
+    "docs/how-to/add-an-architecture.md",
+    "docs/how-to/run-from-a-config.md",
+    "docs/reference/cli.md",
+    "docs/reference/python-api.md",
+]
 RUN = ("python", "toml", "console")
 _FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
