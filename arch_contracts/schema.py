@@ -5,7 +5,6 @@ This package imports nothing else of mortice, so that a contract can be read and
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator
 from importlib import resources
 from typing import Any
@@ -15,7 +14,7 @@ from attrs import field, frozen
 
 from mortice.arch_contracts.consistency import contradictions
 from mortice.arch_contracts.expressions import Expression
-from mortice.arch_contracts.structuring import make_converter, mistakes
+from mortice.arch_contracts.structuring import make_converter, mistakes, parse_toml
 from mortice.arch_contracts.vocabulary import (
     GLOBAL_ROLES,
     LAYER_ROLES,
@@ -187,13 +186,13 @@ def parse_contract(text: str, source: str) -> Contract:
 
     """
     try:
-        document = _make_converter().structure(tomllib.loads(text), ContractDocument)
+        document = _make_converter().structure(parse_toml(text), ContractDocument)
     except cattrs.BaseValidationError as error:
         raise ContractFormatError("\n".join(f"{source}: {line}" for line in mistakes(error))) from None
     except RecursionError:
         raise ContractFormatError(f"{source}: nested too deeply") from None
-    except ValueError as error:  # TOMLDecodeError is one; so is an integer of thousands of digits
-        raise ContractFormatError(f"{source}: not TOML: {error}") from None
+    except ValueError as error:
+        raise ContractFormatError(f"{source}: {error}") from None
     head = document.contract
     contract = Contract(
         name=head.name,

@@ -7,6 +7,7 @@ the nearest known one, and all mistakes of a document are reported together.
 from __future__ import annotations
 
 import difflib
+import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -15,9 +16,40 @@ from attrs import fields, has
 from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError, IterableValidationNote
 from cattrs.gen import make_dict_structure_fn, override
 
-__all__ = ["make_converter", "mistakes", "toml_key", "unknown_key"]
+__all__ = ["make_converter", "mistakes", "parse_toml", "toml_key", "unknown_key"]
 
 T = TypeVar("T")
+
+
+_INTEGER_BITS = 64
+"""TOML asks for no more; a longer one could not even be shown, for Python prints 4300 digits at most."""
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """TOML text as a dict, whoever wrote it.
+
+    Raises:
+        ValueError: not TOML, nested too deeply, or with an integer of more than 64 bits.
+
+    """
+    try:
+        document = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("not TOML that can be read: nested too deeply") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"not TOML: {error}") from None
+    except ValueError:  # Python's own bound on decimal digits
+        raise ValueError(f"not TOML: an integer has more than {_INTEGER_BITS} bits") from None
+    pending: list[Any] = [document]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            pending.extend(value.values())
+        elif isinstance(value, list):
+            pending.extend(value)
+        elif isinstance(value, int) and value.bit_length() > _INTEGER_BITS:
+            raise ValueError(f"not TOML: an integer has more than {_INTEGER_BITS} bits")
+    return document
 
 
 def toml_key(name: str) -> str:

@@ -76,7 +76,7 @@ class PluginsConfig:
         block: never these.
         strict: fail on any broken plugin instead of skipping it.
         prefer: decides which of two plugins gives a key: ``"qtype:Q4_K" = "plugin"``; kinds are contract, qtype,
-            upload, executor and ``kernel:OPERATOR:QTYPE``.
+            upload, executor, loader (its key is a suffix: ``loader:gguf``) and ``kernel:OPERATOR:QTYPE``.
 
     """
 

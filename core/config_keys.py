@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import tomllib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from attrs import Factory, fields, frozen
 
+from mortice.arch_contracts.structuring import parse_toml
 from mortice.core.config import RunConfig
 
 __all__ = ["ConfigKey", "config_keys", "tables", "variable_of"]
@@ -97,7 +97,7 @@ class ConfigKey:
                 return int(text)
             raise ValueError(f"found {text!r}, wanted an integer")
         try:
-            return float(text) if self.kind is float else tomllib.loads(f"value = {text}")["value"]
+            return float(text) if self.kind is float else parse_toml(f"value = {text}")["value"]
         except ValueError:
             wanted = "a number" if self.kind is float else f"a {self.type_text}, as in TOML"
             raise ValueError(f"found {text!r}, wanted {wanted}") from None

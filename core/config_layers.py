@@ -7,8 +7,8 @@ and all mistakes of all layers together.
 from __future__ import annotations
 
 import difflib
+import logging
 import re
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_origin
@@ -16,10 +16,11 @@ from typing import Any, Literal, get_origin
 import cattrs
 from attrs import define, field, frozen
 
-from mortice.arch_contracts.structuring import make_converter, mistakes, unknown_key
+from mortice.arch_contracts.structuring import make_converter, mistakes, parse_toml, unknown_key
 from mortice.core.config import RunConfig
 from mortice.core.config_keys import config_keys, tables, variable_of
 from mortice.core.errors import ConfigError
+from mortice.core.text_file import read_small_text, require_utf8
 
 __all__ = ["OTHER_VARIABLES", "EffectiveConfig", "Flag", "Origin", "read_config", "resolve_config"]
 
@@ -111,6 +112,17 @@ def resolve_config(
     return layers.result()
 
 
+_LOG = logging.getLogger("mortice.config")
+
+
+def _nearest(variable: str, known: Mapping[str, str]) -> str:
+    """The advice for a variable that is not much like any of ours: the nearest by what follows ``MORTICE``, if any."""
+    name = variable.removeprefix("MORTICE")
+    by_name = {one.removeprefix("MORTICE"): one for one in [*known, *OTHER_VARIABLES]}
+    near = [one for one in by_name if one.endswith(name)] or difflib.get_close_matches(name, by_name, 1)
+    return f"; the nearest is {by_name[near[0]]}" if near else ""
+
+
 @define
 class _Layers:
     values: dict[str, Any] = field(factory=dict)
@@ -119,12 +131,9 @@ class _Layers:
 
     def add_file(self, path: Path) -> None:
         try:
-            document = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise ConfigError(f"{path}: cannot be read: {reason}") from None
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path}: not TOML: {error}") from None
+            document = parse_toml(read_small_text(path, ConfigError))
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}") from None
         origin = Origin("file", str(path))
         for table, content in document.items():
             if table not in tables():
@@ -145,6 +154,8 @@ class _Layers:
                 near = difflib.get_close_matches(variable, known, 1, 0 if table in tables() else _NEAR)
                 if near:
                     self.wrong.append(f"environment: unknown variable {variable}, did you mean {near[0]}?")
+                else:  # it may be a plugin's
+                    _LOG.warning("environment: variable %s is no config key%s", variable, _nearest(variable, known))
 
     def add_flag(self, flag: Flag) -> None:
         origin = Origin("flag", flag.name)
@@ -173,6 +184,9 @@ class _Layers:
         try:
             if value is not None or not known.optional:
                 value = _converter(base or Path()).structure(value, known.annotation)
+                for text in value if known.kind is tuple else (value,):
+                    if isinstance(text, str):
+                        require_utf8(text)
             tables()[known.table](**{known.name: value})  # the class's own validators
         except ConfigError as error:
             self.wrong.append(f"{where}: {str(error).removeprefix(f'{known.name}: ')}")

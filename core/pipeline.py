@@ -71,6 +71,7 @@ def prepare_opened(config: RunConfig, registry: Registry, file: ModelFile, *, re
     try:
         model = validate_opened(registry, file, config.model.contract).model()
         program = build_program(model)
+        _check_parameters(config, program)
         executor, device, why = choose_executor(registry, config.executor.name)
         settings = runtime_settings(config, program)
         supports(executor, program, settings).require(f"executor {executor.name} cannot run {file.path}")
@@ -93,6 +94,17 @@ def prepare_opened(config: RunConfig, registry: Registry, file: ModelFile, *, re
         fit=fit,
         upload=upload,
     )
+
+
+def _check_parameters(config: RunConfig, program: Program) -> None:
+    """What only the vocabulary's size can tell to be wrong; said before anything is uploaded."""
+    size = program.vocab_size
+    beyond = [token for token in config.sampling.logit_bias if token >= size]
+    if beyond:
+        raise ConfigError(f"sampling.logit_bias: found token id {min(beyond)}, wanted one below {size}")
+    if config.generation.logprobs > size:
+        found = config.generation.logprobs
+        raise ConfigError(f"generation.logprobs: found {found}, wanted 0 to {size}, the vocabulary's size")
 
 
 def load(model: str | Path | RunConfig, *, executor: str | None = None, context: int | None = None) -> Pipeline:
@@ -191,12 +203,15 @@ class Pipeline:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The file's own tokenizer, built on first use."""
+        """The file's own tokenizer, built on first use; it refuses text that cannot fit the context."""
         with self.lock:
             if self._tokenizer is None:
                 from mortice.core.text.tokenizer import Tokenizer
 
-                self._tokenizer = Tokenizer.from_metadata(self.model.file.metadata)
+                file = self.model.file
+                self._tokenizer = Tokenizer.from_metadata(
+                    file.metadata, origin=str(file.path), max_tokens=self.settings.context_length
+                )
             tokenizer: Tokenizer = self._tokenizer
             return tokenizer
 

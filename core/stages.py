@@ -11,6 +11,7 @@ from mortice.arch_contracts.schema import Contract, ContractFormatError, parse_c
 from mortice.core.config import RunConfig
 from mortice.core.errors import ConfigError, ContractError, DeviceError, UnsupportedError
 from mortice.core.model.program import Program
+from mortice.core.model.text_check import template_findings
 from mortice.core.model.types import DeviceInfo, ModelFile
 from mortice.core.model.validation import ValidatedModel, ValidationReport, validate
 from mortice.core.model.weight_plan import FitReport, WeightPlan, fit_report, plan_weights
@@ -18,6 +19,7 @@ from mortice.core.plugin.events import ModelOpened, ModelValidated, WeightsPlann
 from mortice.core.plugin.interfaces import Executor, RuntimeSettings, UploadStrategy
 from mortice.core.plugin.manager import PluginPolicy
 from mortice.core.plugin.registry import Registry, make_registry
+from mortice.core.text_file import read_small_text
 
 __all__ = [
     "Support",
@@ -54,10 +56,15 @@ def open_file(registry: Registry, path: Path | None) -> ModelFile:
     return file
 
 
-def validate_opened(registry: Registry, file: ModelFile, contract_path: Path | None) -> ValidationReport:
-    """Hold an opened file against its contract, plugins' findings included."""
+def validate_opened(
+    registry: Registry, file: ModelFile, contract_path: Path | None, *, check_template: bool = False
+) -> ValidationReport:
+    """Hold an opened file against its contract, plugins' findings included; a chat template's only when asked for."""
     contract = read_contract(contract_path) if contract_path is not None else registry.contract_for(file)
-    report = validate(file, contract, registry.findings(file, contract))
+    extra = list(registry.findings(file, contract))
+    if check_template:  # starts a process; what is only run is spared that
+        extra += template_findings(file)
+    report = validate(file, contract, extra)
     registry.emit(
         ModelValidated(
             path=file.path,
@@ -72,9 +79,7 @@ def validate_opened(registry: Registry, file: ModelFile, contract_path: Path | N
 def read_contract(path: Path) -> Contract:
     """A contract from a TOML file; ContractError lists every mistake in it."""
     try:
-        return parse_contract(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ContractError(f"{path}: cannot be read: {error}") from None
+        return parse_contract(read_small_text(path, ContractError), str(path))
     except ContractFormatError as error:
         raise ContractError(str(error)) from None
 
@@ -188,4 +193,4 @@ def validate_file(
     """Hold a file against its contract, or the one given, and report everything found. No tensor is read."""
     registry = registry or make_registry()
     with open_file(registry, Path(path)) as file:
-        return validate_opened(registry, file, None if contract is None else Path(contract))
+        return validate_opened(registry, file, None if contract is None else Path(contract), check_template=True)

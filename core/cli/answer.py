@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mortice.core.text.generation import Piece
     from mortice.core.text.params import GenerationParams, SamplingParams
 
-__all__ = ["Answer", "check_prompt", "give_answer", "read_stdin"]
+__all__ = ["Answer", "check_prompt", "give_answer", "read_stdin", "require_stdin"]
 
 
 @define(kw_only=True)
@@ -129,13 +129,25 @@ def check_prompt(pipeline: Pipeline, prompt_ids: Sequence[int]) -> None:
         )
 
 
+def require_stdin() -> None:
+    """Refuse to go on without standard input.
+
+    Raises:
+        InputError: when the process was started with it closed.
+
+    """
+    if sys.stdin is None:
+        raise InputError("standard input: is closed, wanted text to read")
+
+
 def read_stdin() -> str:
     """Standard input as text.
 
     Raises:
-        InputError: when it is not UTF-8, naming the byte.
+        InputError: when it is closed, or not UTF-8, naming the byte.
 
     """
+    require_stdin()
     data = sys.stdin.buffer.read()
     try:
         return data.decode("utf-8")

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 
 from attrs import define, field
 
-from mortice.core.cli.answer import Answer, give_answer
+from mortice.core.cli.answer import Answer, give_answer, require_stdin
 from mortice.core.cli.flags import (
-    ConfigFile,
     ConfigFlags,
+    ConfigOrModel,
     ExecutorFlags,
     GenerationFlags,
     ModelFlags,
     PluginFlags,
     SystemFlag,
     TalkFlags,
+    config_or_model,
     settings,
 )
 from mortice.core.cli.render import Screen
@@ -35,7 +36,7 @@ _HELP = "/exit leaves, /reset forgets the conversation, /system TEXT starts anew
 
 
 def chat(
-    config: ConfigFile = None,
+    config: ConfigOrModel = None,
     /,
     *,
     model: ModelFlags | None = None,
@@ -54,7 +55,9 @@ def chat(
     """
     from mortice.core.text.chat import ChatTemplate
 
+    require_stdin()
     screen = Screen(quiet=talk is not None and talk.quiet)
+    config, model = config_or_model(config, model)
     chosen = settings(config, model, system, generation, executor, plugins, any_key).config
     with planned(screen, chosen) as pipeline:
         note_model(screen, pipeline)

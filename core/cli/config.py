@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from mortice.core.cli.flags import (
-    ConfigFile,
     ConfigFlags,
+    ConfigOrModel,
     ExecutorFlags,
     GenerationFlags,
     ModelFlags,
@@ -17,6 +17,7 @@ from mortice.core.cli.flags import (
     PluginFlags,
     PromptFlags,
     TalkFlags,
+    config_or_model,
     settings,
 )
 from mortice.core.cli.render import Screen, json_text
@@ -51,7 +52,9 @@ def init(
         raise ConfigError(f"{file}: is there already; --force overwrites it") from None
     except OSError as error:
         raise ConfigError(f"{file}: cannot be written: {error.strerror}") from None
-    Screen(quiet=talk is not None and talk.quiet).note(f"wrote {file}; mortice run {file} runs it")
+    Screen(quiet=talk is not None and talk.quiet).note(
+        f"wrote {file}; set model.path and prompt.text in it, or pass --model and --prompt: mortice run {file}"
+    )
     return 0
 
 
@@ -71,7 +74,7 @@ def schema(
 
 
 def show(
-    config: ConfigFile = None,
+    config: ConfigOrModel = None,
     /,
     *,
     model: ModelFlags | None = None,
@@ -87,6 +90,7 @@ def show(
 
     output = output or OutputFlags()
     screen = Screen(json=output.json, quiet=output.quiet)
+    config, model = config_or_model(config, model)
     effective = settings(config, model, prompt, generation, executor, plugins, any_key)
     served = _served_by(registry_for(effective.config), effective.config)
     screen.result(

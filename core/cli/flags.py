@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
-from attrs import fields, frozen
+from attrs import evolve, fields, frozen
 from cyclopts import Parameter
 
 from mortice.core.config_keys import config_keys
 from mortice.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mortice.core.config_layers import EffectiveConfig, Flag
+    from mortice.core.config_layers import EffectiveConfig, Flag, Origin
 
 __all__ = [
     "FLAGS",
     "ConfigFile",
     "ConfigFlags",
+    "ConfigOrModel",
     "ContractFlag",
     "ExecutorFlags",
     "GenerationFlags",
@@ -35,11 +37,31 @@ __all__ = [
     "PromptFlags",
     "SystemFlag",
     "TalkFlags",
+    "config_or_model",
     "settings",
+    "source_of",
 ]
 
-ConfigFile = Annotated[Path | None, Parameter(help="A config file in TOML; flags override its keys.")]
-ModelPath = Annotated[Path, Parameter(help="A model file.")]
+
+def _path(_: Any, tokens: Sequence[Any]) -> Path:
+    text: str = tokens[0].value
+    if not text:  # Path would make it the working directory
+        raise ValueError("found '', wanted a path")
+    return Path(text)
+
+
+ConfigFile = Annotated[
+    Path | None, Parameter(help="A config file in TOML; flags override its keys.", converter=_path, n_tokens=1)
+]
+ConfigOrModel = Annotated[
+    Path | None,
+    Parameter(
+        help="A config file in TOML, whose keys flags override; or a model file, as if given by --model.",
+        converter=_path,
+        n_tokens=1,
+    ),
+]
+ModelPath = Annotated[Path, Parameter(help="A model file.", converter=_path, n_tokens=1)]
 
 FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -78,6 +100,8 @@ FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Every config key has a flag; the first name is the one in messages."""
 
+_ORIGINS: ContextVar[Mapping[str, Origin]] = ContextVar("origins", default=MappingProxyType({}))
+_LOOK = 4096
 _MORE = {
     "prompt.text": " - reads it from standard input, without the line end it may close with.",
     "plugins.allow": " May be given several times.",
@@ -101,7 +125,7 @@ def _flag(key: str) -> Parameter:
     return Parameter(
         name=FLAGS[key],
         help=doc.replace("`", "") + _MORE.get(key, ""),
-        converter=convert if known.kind in (int, float) else None,
+        converter=convert if known.kind in (int, float) else _path if known.kind is Path else None,
         negative=None if known.kind is bool else (),
         allow_leading_hyphen=known.kind is not bool,
         show_default=False,
@@ -226,6 +250,32 @@ class GenerationFlags:
     generation_logprobs: Annotated[int | None, _flag("generation.logprobs")] = None
 
 
+def config_or_model(file: Path | None, model: ModelFlags | None) -> tuple[Path | None, ModelFlags | None]:
+    """Sort out a positional argument that may be either: the config, and the flags with the model it turned out to be.
+
+    Raises:
+        ConfigError: when it is a model, and ``--model`` gives another.
+
+    """
+    if file is None or not _is_binary(file):
+        return file, model
+    model = model or ModelFlags()
+    if model.model_path is not None:
+        raise ConfigError(f"{file}: is a model, and so is --model {model.model_path}; wanted one")
+    return None, evolve(model, model_path=file)
+
+
+def _is_binary(path: Path) -> bool:
+    """Whether `path` is a file that is no TOML, for it has a null byte near its start; the name does not matter."""
+    try:
+        if not path.is_file():  # a FIFO or a device would be waited for
+            return False
+        with path.open("rb") as stream:
+            return b"\0" in stream.read(_LOOK)
+    except (OSError, ValueError):
+        return False
+
+
 def settings(
     config: Path | None, *groups: object | None, environment: Mapping[str, str] | None = None
 ) -> EffectiveConfig:
@@ -238,7 +288,18 @@ def settings(
     from mortice.core.config_layers import resolve_config
 
     flags = [flag for group in groups if group is not None for flag in _flags_of(group)]
-    return resolve_config(config, os.environ if environment is None else environment, flags)
+    effective = resolve_config(config, os.environ if environment is None else environment, flags)
+    _ORIGINS.set(effective.origins)
+    return effective
+
+
+def source_of(message: str) -> str:
+    """Where the key that `message` begins with got its value: `` (from environment MORTICE_EXECUTOR_NAME)``.
+
+    Some values can be judged only once the plugins or the model are there, and by those who do not know the layers.
+    """
+    origin = _ORIGINS.get().get(message.partition(":")[0])
+    return "" if origin is None or origin.layer == "default" else f" (from {origin})"
 
 
 def _flags_of(group: object) -> Iterator[Flag]:

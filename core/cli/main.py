@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from cyclopts import App, CycloptsError
 
@@ -19,6 +20,7 @@ from mortice.core.cli.bench import bench
 from mortice.core.cli.chat import chat
 from mortice.core.cli.config import init, schema, show
 from mortice.core.cli.fit import fit
+from mortice.core.cli.flags import source_of
 from mortice.core.cli.inspect import inspect
 from mortice.core.cli.parity import parity
 from mortice.core.cli.plugins import list_plugins
@@ -27,13 +29,15 @@ from mortice.core.cli.run import run
 from mortice.core.cli.synth import synth
 from mortice.core.cli.tokenize import tokenize
 from mortice.core.cli.validate import validate
-from mortice.core.errors import MorticeError
+from mortice.core.errors import ConfigError, ModelFileError, MorticeError, PluginError
+from mortice.core.text_file import oddity
 from mortice.core.version import __version__
 
 __all__ = ["main", "make_app"]
 
 _REFUSED = 2
 _INTERRUPTED = 130
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def make_app() -> App:
@@ -70,8 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell (>&-): as if nobody read it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115 (for the whole run)
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an ASCII terminal must not end an answer
     warnings = _Warnings()
     logger = logging.getLogger("mortice")
@@ -98,21 +105,28 @@ def _run(arguments: Sequence[str], *, as_json: bool, debug: bool) -> int:
         result = _call(command, bound.args, bound.kwargs)
         sys.stdout.flush()
     except CycloptsError as error:
-        return _fail(_REFUSED, "UsageError", f"{error}\nmortice --help lists the commands and their flags", as_json)
+        text = " ".join(str(error).split())
+        return _fail(_REFUSED, "UsageError", f"{text}; mortice --help lists the commands and their flags", as_json)
     except MorticeError as error:
         if debug:
             traceback.print_exc()
         notes = getattr(error, "__notes__", ())  # the registry notes the plugin an error came from
-        return _fail(error.exit_code, type(error).__name__, "\n".join([str(error), *notes]), as_json)
+        source = source_of(str(error)) if isinstance(error, ConfigError | PluginError) else ""
+        if isinstance(error, ModelFileError):
+            source = oddity(error.path)
+        message = _escaped("\n".join([f"{error}{source}", *notes]), arguments)
+        return _fail(error.exit_code, type(error).__name__, message, as_json)
     except KeyboardInterrupt:
         return _fail(_INTERRUPTED, "KeyboardInterrupt", "interrupted", as_json)
     except BrokenPipeError:
         # whoever read our output has what they wanted; the interpreter must not try to flush the rest at exit
-        null = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):
-            os.dup2(null, stream.fileno())
+            _discard(stream)
         return 0
     except Exception as error:  # noqa: BLE001 (the outermost frame: a person gets a line, not a traceback)
+        if isinstance(error, OSError) and _came_from_printing(error):
+            _discard(sys.stdout)
+            return _fail(1, type(error).__name__, f"standard output: {error.strerror}", as_json)
         if debug:
             traceback.print_exc()
         hint = "" if debug else "\nthis is a fault in mortice or a plugin; --debug shows where"
@@ -127,7 +141,37 @@ def _call(command: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 def _fail(code: int, kind: str, message: str, as_json: bool) -> int:
     text = "\n".join(printable(line) for line in message.splitlines()) or kind
-    print(f"mortice: error: {text}", file=sys.stderr, flush=True)
+    _last_words(sys.stderr, f"mortice: error: {text}")
     if as_json:
-        print(json_text({"error": {"type": kind, "message": message, "exit_code": code}}), flush=True)
+        _last_words(sys.stdout, json_text({"error": {"type": kind, "message": message, "exit_code": code}}))
     return code
+
+
+def _last_words(stream: TextIO, text: str) -> None:
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:  # there is nobody left to tell
+        _discard(stream)
+
+
+def _came_from_printing(error: OSError) -> bool:
+    """Whether `error` is a failed write to a stream that the command line, or rich for it, prints on."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    printer = str(frames[-1].f_globals.get("__name__"))
+    return error.errno in _NO_ROOM and error.filename is None and printer.startswith(("mortice.core.cli.", "rich."))
+
+
+def _discard(stream: TextIO) -> None:
+    """Let what `stream` still holds go nowhere; the interpreter would try to write it at exit, and complain."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
+
+def _escaped(message: str, arguments: Sequence[str]) -> str:
+    """The message with line ends that came from an argument escaped: a line of it is then a line of ours."""
+    for argument in arguments:
+        for part in (argument, argument.partition("=")[2]):
+            if len(part.splitlines()) > 1:
+                message = message.replace(part, printable(part))
+    return message

@@ -20,12 +20,17 @@ def list_plugins(
     any_key: ConfigFlags | None = None,
     output: OutputFlags | None = None,
 ) -> int:
-    """List every plugin: what it gives, where it comes from, whether it takes part, how long importing it took."""
-    from mortice.core.stages import registry_for
+    """List every plugin: what it gives, where it comes from, whether it takes part, how long importing it took.
+
+    Broken plugins and conflicts are listed too; ``--strict-plugins`` makes them a refusal after the list.
+    """
+    from mortice.core.plugin.manager import PluginPolicy
+    from mortice.core.plugin.registry import survey
 
     output = output or OutputFlags()
     screen = Screen(json=output.json, quiet=output.quiet)
-    registry = registry_for(settings(config, plugins, any_key).config)
+    wanted = settings(config, plugins, any_key).config.plugins
+    registry = survey(PluginPolicy(allow=wanted.allow, block=wanted.block), prefer=wanted.prefer)
     found = [_describe(registry, record) for record in registry.manager.records.values()]
     screen.result(found)
     screen.table(
@@ -36,12 +41,14 @@ def list_plugins(
                 plugin["distribution"] or plugin["source"],
                 plugin["status"],
                 f"{plugin['import_ms']:.0f} ms",
-                printable(plugin["error"]) or _gives_text(plugin["gives"]),
+                printable(plugin["error"]) or printable(_gives_text(plugin)),
             )
             for plugin in found
         ],
     )
-    return 0
+    for conflict in registry.conflicts:
+        screen.warn(printable(conflict.message))
+    return 2 if wanted.strict and (registry.conflicts or registry.manager.failed()) else 0
 
 
 def _describe(registry: Registry, record: PluginRecord) -> dict[str, Any]:
@@ -68,8 +75,15 @@ def _describe(registry: Registry, record: PluginRecord) -> dict[str, Any]:
         "import_ms": round(1000 * record.import_seconds, 3),
         "hooks": hooks,
         "gives": {kind: keys for kind, keys in gives.items() if keys},
+        "conflicts": {
+            conflict.key: [name for name in conflict.plugins if name != record.name]
+            for conflict in registry.conflicts
+            if record.name in conflict.plugins
+        },
     }
 
 
-def _gives_text(gives: dict[str, list[str]]) -> str:
-    return "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in gives.items())
+def _gives_text(plugin: dict[str, Any]) -> str:
+    gives = [f"{kind}: {', '.join(keys)}" for kind, keys in plugin["gives"].items()]
+    conflicts = [f"conflict: {key} with {', '.join(others)}" for key, others in plugin["conflicts"].items()]
+    return "; ".join(gives + conflicts)

@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING
 
 from mortice.core.cli.answer import Answer, check_prompt, give_answer, read_stdin
 from mortice.core.cli.flags import (
-    ConfigFile,
     ConfigFlags,
+    ConfigOrModel,
     ExecutorFlags,
     GenerationFlags,
     ModelFlags,
     OutputFlags,
     PluginFlags,
     PromptFlags,
+    config_or_model,
     settings,
 )
 from mortice.core.cli.render import Screen
@@ -21,14 +22,14 @@ from mortice.core.cli.stages import note_model, planned, resident
 from mortice.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mortice.core.config import PromptConfig
+    from mortice.core.config import PromptConfig, RunConfig
     from mortice.core.pipeline import Pipeline
 
 __all__ = ["run"]
 
 
 def run(
-    config: ConfigFile = None,
+    config: ConfigOrModel = None,
     /,
     *,
     model: ModelFlags | None = None,
@@ -47,7 +48,9 @@ def run(
     """
     output = output or OutputFlags()
     screen = Screen(json=output.json, quiet=output.quiet)
+    config, model = config_or_model(config, model)
     chosen = settings(config, model, prompt, generation, executor, plugins, any_key).config
+    _require_given(chosen)
     text = _prompt_text(chosen.prompt)
     sampling = chosen.sampling.seeded()
     with planned(screen, chosen) as pipeline:
@@ -76,9 +79,21 @@ def run(
     return 0
 
 
+def _require_given(config: RunConfig) -> None:
+    """Refuse a run without model or prompt, naming both where both are missing."""
+    missing = []
+    if config.model.path is None:
+        missing.append(("model.path: no model given", "--model FILE"))
+    if config.prompt.text is None:
+        missing.append(("prompt.text: no prompt given", "--prompt TEXT"))
+    if missing:
+        what, flags = zip(*missing, strict=True)
+        it = "it" if len(missing) == 1 else "them"
+        raise ConfigError(f"{', '.join(what)}; pass {' and '.join(flags)} or set {it} in the config")
+
+
 def _prompt_text(prompt: PromptConfig) -> str:
-    if prompt.text is None:
-        raise ConfigError("prompt.text: no prompt given; pass --prompt TEXT or set it in the config")
+    assert prompt.text is not None, "it has been checked"
     if prompt.system is not None and not prompt.chat:
         raise ConfigError("prompt.system: only a chat has a system message; pass --chat too, or leave it out")
     if prompt.text != "-":

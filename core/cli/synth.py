@@ -36,8 +36,7 @@ def synth(
 
     output = output or OutputFlags()
     screen = Screen(json=output.json, quiet=output.quiet)
-    if out.exists() and not force:
-        raise ConfigError(f"{out}: is there already; --force overwrites it")
+    out = _target(out, force=force)
     started = time.perf_counter()
     file = synth_model(shape, recipe, seed=seed, layers=layers)
     part = out.with_name(f".{out.name}.{os.getpid()}.part")  # what is interrupted leaves no half file under the name
@@ -65,3 +64,20 @@ def synth(
         f"{8 * file.tensor_bytes / file.parameters:.2f} bits each, in {seconds:.1f} s"
     )
     return 0
+
+
+def _target(out: Path, *, force: bool) -> Path:
+    """The file to write: where a symbolic link leads to, never anything but a regular file."""
+    try:
+        target = out.resolve(strict=True)
+    except FileNotFoundError:
+        if out.is_symlink():
+            raise ConfigError(f"{out}: is a symbolic link to nothing") from None
+        return out
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"{out}: cannot be written: {error}") from None
+    if not target.is_file():
+        raise ConfigError(f"{out}: is there already and is no regular file, so it is not overwritten")
+    if not force:
+        raise ConfigError(f"{out}: is there already; --force overwrites it")
+    return target

@@ -9,6 +9,8 @@ from cyclopts import Parameter
 from mortice.core.cli.answer import read_stdin
 from mortice.core.cli.flags import ConfigFile, ConfigFlags, ModelPath, OutputFlags, PluginFlags, settings
 from mortice.core.cli.render import Screen, printable
+from mortice.core.errors import InputError
+from mortice.core.text_file import require_utf8
 
 __all__ = ["tokenize"]
 
@@ -38,6 +40,10 @@ def tokenize(
     chosen = settings(config, plugins, any_key).config
     if text == "-":
         text = read_stdin()
+    try:
+        require_utf8(text)
+    except ValueError as error:
+        raise InputError(f"text: {error}") from None
     with open_file(registry_for(chosen), file) as opened:
         tokenizer = Tokenizer.from_metadata(opened.metadata)
         ids = tokenizer.encode(text, add_special=special, parse_special=special)

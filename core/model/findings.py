@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, Literal
 
 from attrs import asdict, field, frozen
 
-__all__ = ["Finding", "Findings", "Severity"]
+__all__ = ["Finding", "Findings", "Severity", "join_layers"]
 
 Severity = Literal["error", "warning", "note"]
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 _ORDER: tuple[Severity, ...] = ("error", "warning", "note")
 
 
@@ -69,3 +71,25 @@ class Findings:
     def ok(self) -> bool:
         """Whether there is no error."""
         return not self.errors
+
+
+def join_layers(names: Iterable[str]) -> list[str]:
+    """Names that differ in the layer only as one: ``blk.{0..3,7}.attn_q.weight``; in the order of the first of each."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_LAYER.sub("{}", name, count=1), []).append(name)
+    joined = []
+    for group in groups.values():
+        layers = sorted({int(match[0]) for name in group if (match := _LAYER.search(name))})
+        joined.append(_LAYER.sub(_ranges(layers), group[0], count=1) if len(layers) > 1 else group[0])
+    return joined
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return f"{{{','.join('..'.join(map(str, run)) for run in runs)}}}"

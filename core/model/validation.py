@@ -6,7 +6,7 @@ silently gives wrong results.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from attrs import define, field, frozen
 
@@ -18,6 +18,7 @@ from mortice.core.model.hyperparameters import Hyperparameters, resolve_hyperpar
 from mortice.core.model.known_keys import unread_keys
 from mortice.core.model.operators import RopeScaling, WeightRef
 from mortice.core.model.rope_scaling import resolve_rope_scaling
+from mortice.core.model.text_check import tokenizer_findings
 from mortice.core.model.types import ModelFile, TensorView
 
 __all__ = ["RoleKey", "ValidatedModel", "ValidationReport", "validate"]
@@ -100,7 +101,7 @@ def validate(file: ModelFile, contract: Contract, extra: Iterable[Finding] = ())
     check.roles()
     check.unclaimed()
     check.numbers(scaling)
-    check.tokenizer()
+    findings += tokenizer_findings(file)
     result = Findings(findings)
     model = None
     if result.ok:
@@ -170,6 +171,8 @@ class _Check:
                 and (role.fallback, layer) in self.weights
             ):
                 self.weights[key, layer] = self.weights[role.fallback, layer]
+        # a fallback that is there but broken has been reported itself
+        broken |= {key for key, role in roles.items() if role.fallback in broken}
         told: set[str] = set()
         for key, why in self._needed(layer, roles, values):
             name = self._where(key, layer, roles)
@@ -298,37 +301,6 @@ class _Check:
         subject = key if key in self.file.metadata else where
         found = str(value) if subject == key else f"{expression.text} = {value}"
         self.report(f"{where}.range", subject, f"{found} (layer {layer})", wanted, offset=offset)
-
-    # tokenizer --------------------------------------------------------------------------------------------------
-
-    def tokenizer(self) -> None:
-        metadata, offsets = self.file.metadata, self.file.metadata_offsets
-        tokens = metadata.get("tokenizer.ggml.tokens")
-        if tokens is None:
-            subject = "tokenizer.ggml.tokens"
-            self.report("tokenizer.missing", subject, "missing", "only token ids can be used, no text", "warning")
-            return
-        count = len(tokens) if isinstance(tokens, Sequence) and not isinstance(tokens, str) else None
-        if count is None:
-            self.report("tokenizer.type", "tokenizer.ggml.tokens", type(tokens).__name__, "wanted an array of strings")
-            return
-        for name in ("token_type", "scores"):
-            key = f"tokenizer.ggml.{name}"
-            values = metadata.get(key)
-            if values is not None and (not hasattr(values, "__len__") or len(values) != count):
-                found = f"{len(values)} entries" if hasattr(values, "__len__") else type(values).__name__
-                self.report("tokenizer.length", key, found, f"wanted {count}, one a token", offset=offsets.get(key))
-        for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
-            key = f"tokenizer.ggml.{name}_token_id"
-            value = metadata.get(key)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count):
-                self.report(
-                    "tokenizer.id",
-                    key,
-                    repr(value),
-                    f"wanted a token id below {count}",
-                    offset=offsets.get(key),
-                )
 
 
 _Good = Callable[[Number, Values], bool]

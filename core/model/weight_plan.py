@@ -15,6 +15,7 @@ from attrs import evolve, field, frozen
 from numpy.typing import NDArray
 
 from mortice.core.errors import DoesNotFitError, UnsupportedError
+from mortice.core.model.findings import join_layers
 from mortice.core.model.operators import WeightRef
 from mortice.core.model.program import Program
 from mortice.core.model.qtypes import QType
@@ -154,10 +155,10 @@ def plan_weights(
     the order of `kernels`, ``compact`` the one with the fewest bytes, a layout's name that one where it is offered.
 
     Raises:
-        UnsupportedError: listing each weight that no layout serves.
+        UnsupportedError: listing the weights that no layout serves, those of several layers in one line.
 
     """
-    reasons: list[str] = []
+    lacking: dict[str, list[str]] = {}
     weights: list[PlannedWeight] = []
     offset = 0
     offered: dict[tuple[str, str], list[Layout]] = {}
@@ -172,13 +173,15 @@ def plan_weights(
             if all(layout.name in {other.name for other in others} for others in candidates[1:])
         ]
         if not shared:
-            lacking = [kind for kind, layouts in zip(operators, candidates, strict=True) if not layouts] or operators
-            reasons.append(f"{weight.tensor}: no kernel for {' and '.join(lacking)} with {tensor.qtype.name} weights")
+            without = [kind for kind, layouts in zip(operators, candidates, strict=True) if not layouts] or operators
+            reason = f"no kernel for {' and '.join(without)} with {tensor.qtype.name} weights"
+            lacking.setdefault(reason, []).append(weight.tensor)
             continue
         planned = _place(weight, tensor, shared, prefer, offset)
         weights.append(planned)
         offset += -(-planned.nbytes // ALIGNMENT) * ALIGNMENT
-    if reasons:
+    if lacking:
+        reasons = [f"{name}: {reason}" for reason, names in lacking.items() for name in join_layers(names)]
         raise UnsupportedError("\n".join(reasons))
     return WeightPlan(model=model, program=program, weights=tuple(weights), arena_bytes=offset)
 
@@ -291,4 +294,4 @@ def _largest(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

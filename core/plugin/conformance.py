@@ -15,6 +15,7 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
+from mortice.arch_contracts.consistency import contradictions
 from mortice.arch_contracts.schema import Contract
 from mortice.core.errors import MorticeError, PluginError
 from mortice.core.model.findings import Finding, Severity
@@ -149,8 +150,10 @@ def _argument_faults(hook: str, function: Callable[..., object]) -> Iterator[str
 
 
 def contract_faults(value: object) -> Iterator[str]:
-    """Faults of an architecture contract; what stands in one is checked where it is parsed."""
+    """Faults of an architecture contract; one built by hand is held against the rules of a parsed one."""
     yield from _type_faults(value, Contract)
+    if isinstance(value, Contract):
+        yield from (f"contract {value.name!r}: {fault}" for fault in contradictions(value))
 
 
 def qtype_faults(value: object) -> Iterator[str]:

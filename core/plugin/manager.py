@@ -1,4 +1,4 @@
-"""Finds plugins and keeps their faults apart: one that cannot be imported is named and skipped, not fatal.
+"""Finds plugins and keeps their faults apart: an installed one that is broken is named and skipped, not fatal.
 
 A manager is made for each run; there is no global one. Built-ins come first and through the same hooks, but no result
 depends on the order: where two plugins could answer, the registry asks all of them.
@@ -10,9 +10,11 @@ import difflib
 import importlib
 import inspect
 import logging
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, redirect_stdout
 from functools import partial
 from importlib import metadata
 from itertools import groupby
@@ -21,7 +23,7 @@ from typing import Any, Literal
 import pluggy
 from attrs import define, field, frozen
 
-from mortice.core.errors import ConfigError, PluginError
+from mortice.core.errors import ConfigError, MorticeError, PluginError
 from mortice.core.plugin.conformance import describe, elements, hook_faults, naming
 from mortice.core.plugin.hookspecs import CONTRACT_VERSION, PROJECT, HookSpecs
 
@@ -148,14 +150,14 @@ class PluginManager:
             return
         started = time.perf_counter()
         try:
-            self._register(name, load())
+            with redirect_stdout(sys.stderr):  # standard output is for results; what a package prints is none
+                self._register(name, load())
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # a SystemExit or a panic of a compiled extension is no Exception
-            record.status, record.error = "failed", describe(error)
-            if policy.strict or name in policy.allow or record.source != "entry point":
-                raise PluginError(f"{record.origin}: {record.error}") from error
-            _LOG.warning("%s is skipped: %s", record.origin, record.error)
+        except BaseException as error:  # noqa: BLE001 (SystemExit or a compiled extension's panic is no Exception)
+            fault = PluginError(f"{record.origin}: {describe(error)}")
+            fault.__cause__ = error
+            self.exclude(name, describe(error), fault)
         finally:
             record.import_seconds = time.perf_counter() - started
 
@@ -178,6 +180,28 @@ class PluginManager:
         except Exception:
             self._pm.unregister(plugin)
             raise
+
+    def exclude(self, plugin: str, reason: str, fault: MorticeError, *, wanted: bool = False) -> None:
+        """Take a broken plugin out as a whole and log it, or raise `fault` when it has to be there.
+
+        Args:
+            plugin: its name.
+            reason: what is wrong, in one line.
+            fault: raised for a built-in or given plugin, one that the policy allows by name, or under a strict policy.
+            wanted: whether the run asks for it in another way.
+
+        """
+        record = self.records[plugin]
+        record.status, record.error = "failed", reason
+        if self._pm.has_plugin(plugin):
+            self._pm.unregister(name=plugin)
+        if wanted or record.source != "entry point" or plugin in self.policy.allow:
+            raise fault
+        advice = f"--block-plugin {shlex.quote(plugin)} (plugins.block) leaves it out"
+        if self.policy.strict:
+            fault.add_note(advice)
+            raise fault
+        _LOG.warning("%s is skipped: %s; %s", record.origin, reason, advice)
 
     def _check_policy(self) -> None:
         installed = [record.name for record in self.records.values() if record.source != "builtin"]
@@ -231,7 +255,7 @@ class PluginManager:
             yield name, result
 
     def gather(
-        self, hook: str, faults: Callable[[object], Iterator[str]], **arguments: Any
+        self, hook: str, faults: Callable[[object], Iterator[str]], *, only: str | None = None, **arguments: Any
     ) -> Iterator[tuple[str, Any]]:
         """Call a hook that gives several things, and check each.
 
@@ -242,8 +266,9 @@ class PluginManager:
             PluginError: naming the plugin, for a result that is not a collection or has `faults`.
 
         """
-        for plugin, result in self.call(hook, **arguments):
-            values = elements(result)
+        for plugin, result in self.call(hook, only=only, **arguments):
+            with self.naming(plugin, hook):
+                values = elements(result)
             if values is None:
                 wanted = inspect.signature(getattr(HookSpecs, hook)).return_annotation
                 raise PluginError(f"{self.origin(plugin)}: {hook}: returned {type(result).__name__}, wanted {wanted}")
@@ -253,7 +278,8 @@ class PluginManager:
 
     def require(self, plugin: str, hook: str, faults: Iterator[str]) -> None:
         """Raise a PluginError that names the plugin and lists `faults`, if there are any."""
-        found = list(faults)
+        with self.naming(plugin, hook):  # a check looks into the plugin's objects, which may raise
+            found = list(faults)
         if found:
             raise PluginError(f"{self.origin(plugin)}: {hook}: {'; '.join(found)}")
 

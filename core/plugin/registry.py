@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, redirect_stdout
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from attrs import define, evolve, field, frozen
 
 from mortice.arch_contracts.schema import Contract
-from mortice.core.errors import ConfigError, ModelFileError, PluginError, UnknownArchitectureError
+from mortice.core.errors import ConfigError, ModelFileError, MorticeError, PluginError, UnknownArchitectureError
 from mortice.core.model.findings import Finding
 from mortice.core.model.qtypes import QType, qtype_table
 from mortice.core.model.types import DeviceInfo, LoadOptions, ModelFile
@@ -21,7 +22,7 @@ from mortice.core.plugin.events import Event
 from mortice.core.plugin.interfaces import Emit, Executor, QuantizationType, UploadStrategy
 from mortice.core.plugin.manager import PluginManager, PluginPolicy
 
-__all__ = ["Provided", "Registry", "make_registry"]
+__all__ = ["Conflict", "Provided", "Registry", "make_registry", "survey"]
 
 T = TypeVar("T")
 
@@ -32,6 +33,22 @@ class Provided(Generic[T]):
 
     value: T
     plugin: str
+
+
+@frozen
+class Conflict:
+    """A key that several plugins give and no preference decides.
+
+    Attributes:
+        key: ``qtype:Q4_K``, or ``tensor type id 200``.
+        plugins: who gives it.
+        message: who they are and how to decide.
+
+    """
+
+    key: str
+    plugins: tuple[str, ...]
+    message: str
 
 
 @define(eq=False)
@@ -46,6 +63,7 @@ class Registry:
         executors: by executor name.
         qtype_table: every tensor type a loader may meet, by id.
         prefer: how the config decides conflicts.
+        conflicts: keys that nothing decides; `make_registry` gives a registry that has none.
         observers: the program's own, told before the plugins; what they raise is passed on as it is.
 
     """
@@ -57,6 +75,7 @@ class Registry:
     executors: Mapping[str, Provided[Executor]]
     qtype_table: Mapping[int, QType] = field(repr=False)
     prefer: Mapping[str, str] = field(factory=dict)
+    conflicts: tuple[Conflict, ...] = ()
     observers: list[Callable[[Event], None]] = field(factory=list)
 
     def open_model(self, path: Path) -> ModelFile:
@@ -89,7 +108,7 @@ class Registry:
                 plugin for plugin in self.manager.records if self.manager.has(plugin, "mortice_open_model")
             )
             raise ModelFileError(path, f"no loader takes it; asked: {asked or 'none'}{self.manager.absent()}")
-        raise PluginError(f"{path}: " + _conflict(self.manager, key, [model.loader for model in opened]))
+        raise PluginError(f"{path}: {_conflict(self.manager, key, [model.loader for model in opened]).message}")
 
     def _opened(self, path: Path, only: str | None = None) -> list[ModelFile]:
         """The file as every loader that takes it sees it; when one fails, none stays open."""
@@ -159,7 +178,7 @@ class Registry:
                 preferred += by_plugin[choice]
             elif pair not in served:
                 if len(by_plugin) > 1:
-                    raise PluginError(_conflict(self.manager, key, list(by_plugin)))
+                    raise PluginError(_conflict(self.manager, key, list(by_plugin)).message)
                 added += next(iter(by_plugin.values()))
         return preferred + own + added
 
@@ -240,18 +259,39 @@ def make_registry(
             `prefer` does not decide, naming both plugins and their distributions.
 
     """
+    registry = survey(policy, prefer=prefer, given=given)
+    if registry.conflicts:
+        first, *others = registry.conflicts
+        more = f" (and {len(others)} more conflicts, which `mortice plugins list` shows)" if others else ""
+        raise PluginError(first.message + more)
+    return registry
+
+
+def survey(
+    policy: PluginPolicy | None = None,
+    *,
+    prefer: Mapping[str, str] | None = None,
+    given: Iterable[tuple[str, object]] = (),
+) -> Registry:
+    """Like `make_registry`, but conflicts are kept in the registry instead of raised: good to look at, not to run."""
     manager = PluginManager.create(policy, tuple(given))
     chosen = dict(prefer or {})
     _check_preferences(chosen, manager)
-    qtypes = {name: _checked(manager, provided) for name, provided in _collect(manager, _QTYPE, chosen).items()}
+    offers = _offers(manager, wanted=set(chosen.values()))
+    conflicts: list[Conflict] = []
+    contracts, qtypes, uploads, executors = (
+        _decide(manager, kind, offers[kind.name], chosen, conflicts) for kind in _KINDS
+    )
+    qtypes = {name: _checked(manager, provided) for name, provided in qtypes.items()}
     return Registry(
         manager=manager,
-        contracts=_collect(manager, _CONTRACT, chosen),
+        contracts=contracts,
         qtypes=qtypes,
-        uploads=_collect(manager, _UPLOAD, chosen),
-        executors=_collect(manager, _EXECUTOR, chosen),
-        qtype_table=_ids(manager, qtypes),
+        uploads=uploads,
+        executors=executors,
+        qtype_table=_ids(manager, qtypes, conflicts),
         prefer=chosen,
+        conflicts=tuple(conflicts),
     )
 
 
@@ -272,34 +312,69 @@ def _check_preferences(prefer: Mapping[str, str], manager: PluginManager) -> Non
             raise ConfigError(f"plugins.prefer: {key!r}: {record.origin} has no {hooks[kind]}")
 
 
-def _collect(manager: PluginManager, kind: _Kind, prefer: Mapping[str, str]) -> dict[str, Provided[Any]]:
-    """What plugins give of a kind, by key; every plugin is heard before a conflict is decided."""
-    given: dict[str, dict[str, Any]] = {}
-    for plugin, value in manager.gather(kind.hook, kind.faults):
+_Offers = dict[str, dict[str, Any]]
+"""Of one kind: key -> plugin -> what it gives."""
+
+
+def _offers(manager: PluginManager, wanted: set[str]) -> dict[str, _Offers]:
+    """What plugins give, by kind; an installed one with a fault in any of it takes no part, unless it is `wanted`."""
+    offers: dict[str, _Offers] = {kind.name: {} for kind in _KINDS}
+    for plugin in manager.records:
+        own: list[tuple[_Kind, dict[str, Any]]] = []
+        for kind in _KINDS:
+            try:
+                with redirect_stdout(sys.stderr):  # a hook may be what imports the rest of its package
+                    own.append((kind, _given(manager, kind, plugin)))
+            except MorticeError as fault:
+                reason = conformance.describe(fault).removeprefix(f"{manager.origin(plugin)}: {kind.hook}: ")
+                manager.exclude(plugin, f"{kind.hook}: {reason}", fault, wanted=plugin in wanted)
+                break
+        else:
+            for kind, things in own:
+                for key, value in things.items():
+                    offers[kind.name].setdefault(key, {})[plugin] = value
+    return offers
+
+
+def _given(manager: PluginManager, kind: _Kind, plugin: str) -> dict[str, Any]:
+    """What a plugin gives of a kind, by key."""
+    things: dict[str, Any] = {}
+    for _, value in manager.gather(kind.hook, kind.faults, only=plugin):
         for key in kind.keys(value):
-            by_plugin = given.setdefault(key, {})
-            if plugin in by_plugin:
+            if key in things:
                 raise PluginError(f"{manager.origin(plugin)}: {kind.hook}: gives {kind.name} {key!r} twice")
-            by_plugin[plugin] = value
+            things[key] = value
+    return things
+
+
+def _decide(
+    manager: PluginManager, kind: _Kind, offers: _Offers, prefer: Mapping[str, str], conflicts: list[Conflict]
+) -> dict[str, Provided[Any]]:
+    """Who serves each key; what `prefer` leaves open is added to `conflicts` and served by nobody."""
     for key, choice in prefer.items():
         name, _, wanted = key.partition(":")
-        if name == kind.name and choice not in given.get(wanted, {}):
-            have = " and ".join(map(manager.origin, given.get(wanted, {}))) or "no plugin"
+        if name == kind.name and choice not in offers.get(wanted, {}):
+            have = " and ".join(map(manager.origin, offers.get(wanted, {}))) or "no plugin"
             raise ConfigError(f"plugins.prefer: {key!r}: {manager.origin(choice)} does not give it, {have} does")
     found: dict[str, Provided[Any]] = {}
-    for key, by_plugin in given.items():
+    for key, by_plugin in offers.items():
         full = f"{kind.name}:{key}"
         if len(by_plugin) > 1 and full not in prefer:
-            raise PluginError(_conflict(manager, full, list(by_plugin)))
+            conflicts.append(_conflict(manager, full, list(by_plugin)))
+            continue
         plugin = prefer.get(full) or next(iter(by_plugin))
         found[key] = Provided(by_plugin[plugin], plugin)
     return found
 
 
-def _conflict(manager: PluginManager, key: str, plugins: list[str]) -> str:
+_BLOCK_ONE = "block one: --block-plugin NAME (plugins.block)"
+
+
+def _conflict(manager: PluginManager, key: str, plugins: list[str]) -> Conflict:
     origins = " and by ".join(map(manager.origin, plugins))
     choices = " or ".join(f'"{plugin}"' for plugin in plugins)
-    return f'{key} is given by {origins}; choose one in the config: [plugins.prefer] "{key}" = {choices}'
+    message = f'{key} is given by {origins}; choose one in the config: [plugins.prefer] "{key}" = {choices}'
+    return Conflict(key, tuple(plugins), f"{message}; or {_BLOCK_ONE}")
 
 
 def _checked(manager: PluginManager, provided: Provided[QuantizationType]) -> Provided[QuantizationType]:
@@ -308,15 +383,17 @@ def _checked(manager: PluginManager, provided: Provided[QuantizationType]) -> Pr
     return Provided(evolve(value, dequantize=checked), provided.plugin)
 
 
-def _ids(manager: PluginManager, qtypes: Mapping[str, Provided[QuantizationType]]) -> Mapping[int, QType]:
-    """The table of tensor types; two plugins may not use one id for two types."""
+def _ids(
+    manager: PluginManager, qtypes: Mapping[str, Provided[QuantizationType]], conflicts: list[Conflict]
+) -> Mapping[int, QType]:
+    """The table of tensor types; an id that is used for two types is added to `conflicts`."""
     by_id: dict[int, Provided[QuantizationType]] = {}
     for provided in qtypes.values():
         qtype = provided.value.qtype
         other = by_id.setdefault(qtype.id, provided)
         if other is not provided:
+            key = f"tensor type id {qtype.id}"
             first, second = (f"{manager.origin(it.plugin)} for {it.value.qtype.name}" for it in (other, provided))
-            raise PluginError(
-                f"tensor type id {qtype.id} is used by {first} and by {second}; block one in plugins.block"
-            )
-    return qtype_table(provided.value.qtype for provided in qtypes.values())
+            message = f"{key} is used by {first} and by {second}; {_BLOCK_ONE}"
+            conflicts.append(Conflict(key, (other.plugin, provided.plugin), message))
+    return qtype_table(provided.value.qtype for provided in by_id.values())

@@ -31,6 +31,7 @@ _POOL_ELEMENTS = 1 << 20
 """Random values made for each type and scale; the rest is their blocks in random order."""
 
 _LEARNED_TOKENS = 512
+_MAX_LAYERS = 1024
 _CONTROL = 3
 
 
@@ -51,14 +52,14 @@ def synth_model(shape: str, recipe: str, *, seed: int = 0, layers: int | None = 
         layers: how many layers instead of the shape's own; the mix is that of a model with so many.
 
     Raises:
-        ConfigError: for an unknown shape or recipe, naming the nearest, or fewer layers than one.
+        ConfigError: for an unknown shape or recipe, naming the nearest, or layers below 1 or above 1024.
 
     """
     shape, recipe = _known("shape", shape, SHAPES), _known("recipe", recipe, RECIPES)
     chosen = SHAPES[shape]
     if layers is not None:
-        if layers < 1:
-            raise ConfigError(f"layers: found {layers}, wanted at least 1")
+        if not 1 <= layers <= _MAX_LAYERS:
+            raise ConfigError(f"layers: found {layers}, wanted 1 to {_MAX_LAYERS}")
         chosen = evolve(chosen, num_layers=layers)
     draft = _Draft(name=shape, shape=chosen, mix=RECIPES[recipe], seed=seed)
     path = Path(f"{shape}:{recipe}")

@@ -46,15 +46,21 @@ class ChatTemplate:
         source: the template, in Jinja2.
         special: texts of special tokens that it may refer to, such as ``bos_token``.
         limits: what it may take.
+        where: file and key, for messages.
 
     """
 
     def __init__(
-        self, source: str, special: Mapping[str, str] | None = None, limits: TemplateLimits | None = None
+        self,
+        source: str,
+        special: Mapping[str, str] | None = None,
+        limits: TemplateLimits | None = None,
+        *,
+        where: str = _KEY,
     ) -> None:
         self.source = source
         self._special = dict(special or {})
-        self._process = TemplateProcess(source, limits or TemplateLimits())
+        self._process = TemplateProcess(source, limits or TemplateLimits(), where)
 
     @classmethod
     def from_metadata(
@@ -67,11 +73,12 @@ class ChatTemplate:
 
         """
         key = _KEY if name is None else f"{_KEY}.{name}"
+        where = f"{tokenizer.origin}: {key}" if tokenizer.origin else key
         source = metadata.get(key)
         if source is None:
-            raise TemplateError(f"{key}: missing, so this model cannot chat; run it with a plain prompt instead")
+            raise TemplateError(f"{where}: missing, so this model cannot chat; run it with a plain prompt instead")
         if not isinstance(source, str):
-            raise TemplateError(f"{key}: {type(source).__name__} found, wanted a string")
+            raise TemplateError(f"{where}: {type(source).__name__} found, wanted a string")
         ids = {
             "bos_token": tokenizer.bos_id,
             "eos_token": tokenizer.eos_id,
@@ -79,7 +86,7 @@ class ChatTemplate:
             "unk_token": tokenizer.unk_id,
         }
         special = {key: tokenizer.piece(id_) for key, id_ in ids.items() if id_ is not None}
-        return cls(source, {"bos_token": "", "eos_token": "", **special})
+        return cls(source, {"bos_token": "", "eos_token": "", **special}, where=where)
 
     def warm_up(self) -> None:
         """Start the sandbox without waiting for it, so that the first rendering need not."""

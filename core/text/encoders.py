@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import tokenizers
     from tokenizers.pre_tokenizers import PreTokenizer
 
-__all__ = ["BYTE_OF_CHAR", "SPACE", "Encoder", "build_encoder"]
+__all__ = ["BYTE_OF_CHAR", "SPACE", "Encoder", "build_encoder", "check_encodable"]
 
 SPACE = "▁"
 """SentencePiece's visible space, U+2581."""
@@ -75,6 +75,35 @@ def build_encoder(vocabulary: Vocabulary) -> Encoder:
     return _BUILDERS[vocabulary.kind](vocabulary)
 
 
+def check_encodable(vocabulary: Vocabulary) -> None:
+    """Find what `build_encoder` would refuse, in less time than it takes to build.
+
+    Raises:
+        TokenizerError: as `build_encoder` does.
+
+    """
+    if vocabulary.kind == "bpe":
+        fault = _merge_fault(vocabulary.merges, _symbols(vocabulary)[0])
+        if fault is not None:
+            raise TokenizerError(fault)
+    elif vocabulary.kind == "spm":
+        _check_spm_size(vocabulary)
+    else:
+        _unknown_id(vocabulary)
+        _normaliser(vocabulary)
+
+
+def _symbols(vocabulary: Vocabulary) -> tuple[dict[str, int], list[str], dict[str, Any]]:
+    """What the merges of a BPE vocabulary may join, the bytes among it that are no tokens, and the fallback."""
+    pre = vocabulary.pre
+    assert pre is not None, "a BPE vocabulary knows its pre-tokenizer"
+    ids = _matchable(vocabulary)
+    # A byte that has no token still keeps its neighbours from merging; it is dropped afterwards.
+    missing = [char for char in BYTE_OF_CHAR if char not in ids] if pre.byte_level else []
+    ids.update((char, len(vocabulary.tokens) + i) for i, char in enumerate(missing))
+    return ids, missing, {} if pre.byte_level else _fallback(vocabulary, ids)
+
+
 def _matchable(vocabulary: Vocabulary) -> dict[str, int]:
     """Tokens that plain text may become. Never control tokens: text must not be able to spell one."""
     hidden = {TokenType.CONTROL, TokenType.UNKNOWN}
@@ -90,12 +119,7 @@ def _bpe(vocabulary: Vocabulary) -> Encoder:
 
     pre = vocabulary.pre
     assert pre is not None, "a BPE vocabulary knows its pre-tokenizer"
-    ids = _matchable(vocabulary)
-    size = len(vocabulary.tokens)
-    # A byte that has no token still keeps its neighbours from merging; it is dropped afterwards.
-    missing = [char for char in BYTE_OF_CHAR if char not in ids] if pre.byte_level else []
-    ids.update((char, size + i) for i, char in enumerate(missing))
-    options = {} if pre.byte_level else _fallback(vocabulary, ids)
+    ids, missing, options = _symbols(vocabulary)
     try:
         model = models.BPE(ids, _pairs(vocabulary.merges), ignore_merges=pre.ignore_merges, **options)
     except Exception as error:
@@ -109,7 +133,7 @@ def _bpe(vocabulary: Vocabulary) -> Encoder:
         compiled=compiled,
         prepare=str if pre.byte_level else _show_spaces,
         expansions=((),) * len(missing),
-        vocab_size=size,
+        vocab_size=len(vocabulary.tokens),
     )
 
 
@@ -143,9 +167,7 @@ def _spm(vocabulary: Vocabulary) -> Encoder:
     """
     from tokenizers import Tokenizer, models
 
-    total = sum(map(len, vocabulary.tokens))
-    if total > _MAX_SPM_CHARS:
-        raise TokenizerError(f"{PREFIX}tokens: {total} characters in all, wanted at most {_MAX_SPM_CHARS}")
+    _check_spm_size(vocabulary)
     size = len(vocabulary.tokens)
     ids = {text: token for text, token in _matchable(vocabulary).items() if vocabulary.types[token] != TokenType.BYTE}
     # Characters that only occur inside longer tokens take part in merges; left over, they become bytes.
@@ -166,6 +188,12 @@ def _spm(vocabulary: Vocabulary) -> Encoder:
         expansions=expansions,
         vocab_size=size,
     )
+
+
+def _check_spm_size(vocabulary: Vocabulary) -> None:
+    total = sum(map(len, vocabulary.tokens))
+    if total > _MAX_SPM_CHARS:
+        raise TokenizerError(f"{PREFIX}tokens: {total} characters in all, wanted at most {_MAX_SPM_CHARS}")
 
 
 def _fallback(vocabulary: Vocabulary, ids: dict[str, int]) -> dict[str, Any]:
@@ -201,23 +229,16 @@ def _merges_by_score(vocabulary: Vocabulary, ids: Mapping[str, int]) -> list[tup
 
 def _unigram(vocabulary: Vocabulary) -> Encoder:
     """SentencePiece unigram: the cut with the highest sum of scores (Viterbi)."""
-    from tokenizers import Tokenizer, models, normalizers
+    from tokenizers import Tokenizer, models
 
-    if vocabulary.unk_id is None:
-        raise TokenizerError(f"{PREFIX}unknown_token_id: missing, wanted the token for text that has no other")
+    unk_id, normalise = _unknown_id(vocabulary), _normaliser(vocabulary)
     kinds = {TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED}
     # A token that text must not spell keeps its place in the list, as the empty text, which matches nothing.
     entries = [
         (text if kind in kinds else "", 0.0 if kind != TokenType.NORMAL else score)
         for text, kind, score in zip(vocabulary.tokens, vocabulary.types, vocabulary.scores.tolist(), strict=True)
     ]
-    compiled = Tokenizer(models.Unigram(entries, vocabulary.unk_id, False))
-    normalise: Callable[[str], str] = str
-    if vocabulary.charsmap:
-        try:
-            normalise = normalizers.Precompiled(vocabulary.charsmap).normalize_str
-        except Exception as error:
-            raise TokenizerError(f"{PREFIX}precompiled_charsmap: {error}") from error
+    compiled = Tokenizer(models.Unigram(entries, unk_id, False))
     prefix = SPACE if vocabulary.add_space_prefix else ""
 
     def prepare(text: str) -> str:
@@ -227,6 +248,24 @@ def _unigram(vocabulary: Vocabulary) -> Encoder:
         return (prefix if re.search("[^ ]", text) else "") + _show_spaces(text)
 
     return Encoder(compiled=compiled, prepare=prepare, expansions=(), vocab_size=len(vocabulary.tokens))
+
+
+def _unknown_id(vocabulary: Vocabulary) -> int:
+    if vocabulary.unk_id is None:
+        raise TokenizerError(f"{PREFIX}unknown_token_id: missing, wanted the token for text that has no other")
+    return vocabulary.unk_id
+
+
+def _normaliser(vocabulary: Vocabulary) -> Callable[[str], str]:
+    if not vocabulary.charsmap:
+        return str
+    from tokenizers import normalizers
+
+    try:
+        normalise: Callable[[str], str] = normalizers.Precompiled(vocabulary.charsmap).normalize_str
+    except Exception as error:
+        raise TokenizerError(f"{PREFIX}precompiled_charsmap: {error}") from error
+    return normalise
 
 
 _BUILDERS: Mapping[str, Callable[[Vocabulary], Encoder]] = {"bpe": _bpe, "spm": _spm, "unigram": _unigram}

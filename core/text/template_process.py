@@ -49,9 +49,10 @@ class TemplateLimits:
 class TemplateProcess:
     """Renders one template in a child process, started on first use and kept. Safe to use from several threads."""
 
-    def __init__(self, source: str, limits: TemplateLimits) -> None:
+    def __init__(self, source: str, limits: TemplateLimits, where: str = _KEY) -> None:
+        self._where = where
         if len(source) > limits.source_chars:
-            raise TemplateError(f"{_KEY}: {len(source)} characters, wanted at most {limits.source_chars}")
+            raise TemplateError(f"{where}: {len(source)} characters, wanted at most {limits.source_chars}")
         self._limits = limits
         self._setup = {
             "template": source,
@@ -74,18 +75,30 @@ class TemplateProcess:
             TemplateError: the template is broken, raises, or takes more than its limits.
 
         """
-        request = json.dumps(variables)
+        return self._ask(json.dumps(variables))
+
+    def check(self) -> None:
+        """Compile the template without rendering it.
+
+        Raises:
+            TemplateError: the template is broken, or takes more than its limits.
+
+        """
+        self._ask(None)
+
+    def _ask(self, request: str | None) -> str:
+        """The answer to a request; None only compiles."""
         with self._lock:
             child = self._started()
             try:
                 if not child.compiled:
                     child.ask(None, self._limits)
                     child.compiled = True
-                return child.ask(request, self._limits)
+                return "" if request is None else child.ask(request, self._limits)
             except _Refused as refusal:
                 if refusal.fatal or not child.compiled:
                     self._end()
-                raise TemplateError(f"{_KEY}: {refusal}") from None
+                raise TemplateError(f"{self._where}: {refusal}") from None
             except BaseException:  # an interrupt leaves an answer unread: this child cannot be asked again
                 self._end()
                 raise
@@ -99,7 +112,9 @@ class TemplateProcess:
         child = self._child
         if child is None or child.owner != os.getpid():
             if not sys.executable:
-                raise TemplateError(f"{_KEY}: no Python interpreter found (sys.executable is empty) to render it in")
+                raise TemplateError(
+                    f"{self._where}: no Python interpreter found (sys.executable is empty) to render it in"
+                )
             self._child = child = _Child(json.dumps({**self._setup, "sys_path": sys.path}))
         return child
 

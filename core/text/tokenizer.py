@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
-from attrs import define, field
+from attrs import define, field, frozen
 
-from mortice.core.errors import TokenizerError
+from mortice.core.errors import InputError, TokenizerError
 from mortice.core.model.types import MetadataValue
 from mortice.core.text.encoders import BYTE_OF_CHAR, SPACE, Encoder, build_encoder
 from mortice.core.text.vocabulary import TokenType, Vocabulary
@@ -28,31 +28,45 @@ class Tokenizer:
 
     Attributes:
         vocabulary: tokens, types, special ids and flags as the file has them.
+        origin: the file it comes from, for messages; empty when not known.
+        max_tokens: text that certainly has more tokens is refused before it is encoded; None for no limit.
 
     """
 
     vocabulary: Vocabulary
+    origin: str = ""
+    max_tokens: int | None = None
     _encoder: Encoder = field(repr=False)
     _strips_right: frozenset[int] = frozenset()
     _matchers: dict[bool, _Matcher] = field(init=False, repr=False)
+    _bound: _LengthBound | None = field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         user_defined = self._tokens_of(TokenType.USER_DEFINED)
         special = user_defined | self._tokens_of(TokenType.CONTROL) | self._tokens_of(TokenType.UNKNOWN)
         self._matchers = {False: _Matcher(user_defined), True: _Matcher(special)}
+        self._bound = None if self.max_tokens is None else _LengthBound.of(self.vocabulary, strips=self._strips_right)
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, MetadataValue]) -> Tokenizer:
+    def from_metadata(
+        cls, metadata: Mapping[str, MetadataValue], *, origin: str = "", max_tokens: int | None = None
+    ) -> Tokenizer:
         """Build the tokenizer that the ``tokenizer.ggml.*`` keys of a model file describe.
 
         Raises:
             TokenizerError: the keys are missing, contradict each other, or name a kind that is not supported.
 
         """
-        vocabulary = Vocabulary.from_metadata(metadata)
+        try:
+            vocabulary = Vocabulary.from_metadata(metadata)
+            encoder = build_encoder(vocabulary)
+        except TokenizerError as error:
+            raise TokenizerError(f"{origin}: {error}" if origin else str(error)) from error
         return cls(
             vocabulary=vocabulary,
-            encoder=build_encoder(vocabulary),
+            origin=origin,
+            max_tokens=max_tokens,
+            encoder=encoder,
             strips_right=_strips_right(vocabulary, metadata),
         )
 
@@ -116,15 +130,18 @@ class Tokenizer:
 
         Raises:
             TokenizerError: `text` has a lone surrogate and so is not Unicode text.
+            InputError: `text` is so long that it must have more than `max_tokens` tokens.
 
         Bytes for which a byte-level vocabulary has no token are dropped, as they were in the model's training.
 
         """
         try:
-            text.encode()
+            data = text.encode()
         except UnicodeEncodeError as error:
             found = ord(text[error.start])
             raise TokenizerError(f"text: character {error.start} is the lone surrogate U+{found:04X}") from None
+        if self._bound is not None and self.max_tokens is not None:
+            self._bound.require(data if literals is None else text.translate(literals).encode(), self.max_tokens)
         ids = [self.vocabulary.bos_id] if add_special and self.vocabulary.add_bos else []
         for part in self._partition(text, self._matchers[parse_special]):
             if isinstance(part, int):
@@ -209,6 +226,46 @@ class Tokenizer:
                     done += 1
         if done < len(text):
             yield text[done:]
+
+
+@frozen
+class _LengthBound:
+    """How few tokens a text can have: no token stands for more than `longest` bytes."""
+
+    longest: int
+    vanishing: bytes
+    """Bytes that may become no token at all."""
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary, *, strips: Iterable[int]) -> _LengthBound | None:
+        """None where any length of text may become few tokens: by normalising, or as one unknown token."""
+        byte_level = vocabulary.pre is not None and vocabulary.pre.byte_level
+        byte_tokens = sum(kind == TokenType.BYTE for kind in vocabulary.types)
+        if vocabulary.kind == "unigram" or (not byte_level and byte_tokens < 256):
+            return None
+        hidden = {TokenType.CONTROL, TokenType.UNKNOWN}
+        gone = {
+            byte
+            for char, byte in BYTE_OF_CHAR.items()
+            if byte_level and (char not in vocabulary.ids or vocabulary.types[vocabulary.ids[char]] in hidden)
+        }
+        if any(True for _ in strips):
+            gone |= set(_WHITESPACE.encode())
+        longest = 0
+        for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
+            size = len(text.encode())  # as stored a token has at least as many bytes as it stands for
+            if size > longest and byte_level and kind == TokenType.NORMAL and all(map(BYTE_OF_CHAR.__contains__, text)):
+                size = len(text)  # each character is a byte
+            longest = max(longest, size)
+        return cls(longest, bytes(sorted(gone)))
+
+    def require(self, data: bytes, max_tokens: int) -> None:
+        found = len(data.translate(None, self.vanishing)) if self.vanishing else len(data)
+        if found > max_tokens * self.longest:
+            raise InputError(
+                f"prompt: found {found} bytes, wanted fewer than the context's {max_tokens} tokens can hold: "
+                f"{max_tokens * self.longest}, at most {self.longest} bytes each"
+            )
 
 
 class _Matcher:

@@ -180,9 +180,13 @@ class _Reader:
         if isinstance(value, str | np.ndarray) or not isinstance(value, Sequence):
             raise TokenizerError(f"{PREFIX}{name}: {type(value).__name__} found, wanted an array of strings")
         try:
-            return list(value)
+            texts = list(value)
         except UnicodeDecodeError as error:
             raise TokenizerError(f"{PREFIX}{name}: text that is not UTF-8 ({error.reason})") from None
+        others = set(map(type, texts)) - {str}
+        if others:
+            raise TokenizerError(f"{PREFIX}{name}: array of {others.pop().__name__} found, wanted an array of strings")
+        return texts
 
     def numbers(self, name: str, kinds: str, wanted: int) -> NDArray[Any] | None:
         value = self.metadata.get(PREFIX + name)

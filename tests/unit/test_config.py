@@ -113,6 +113,9 @@ def test_an_empty_path_is_refused(tmp_path: Path) -> None:
         ("[model]\npath = 3", "model.path: wanted a path, found 3"),
         ("[model", "not TOML"),
         ("[model]\npath = 'a'\npath = 'b'", "not TOML"),
+        ("a=" + "[" * 100_000, "not TOML that can be read: nested too deeply"),
+        (f"[executor]\ncontext = {'9' * 10_000}", "not TOML: an integer has more than 64 bits"),
+        (f"[executor]\ncontext = 0x{'f' * 10_000}", "not TOML: an integer has more than 64 bits"),
     ],
 )
 def test_a_mistake_is_named_with_file_and_dotted_key(tmp_path: Path, text: str, message: str) -> None:
@@ -172,6 +175,21 @@ def test_variables_that_are_no_keys_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize(
+    ("variable", "advice"),
+    [
+        ("MORTICE_CONTEXT", "; the nearest is MORTICE_EXECUTOR_CONTEXT"),
+        ("MORTICE_CACHES", "; the nearest is MORTICE_CACHE"),
+        ("MORTICE_FOO", ""),
+    ],
+)
+def test_a_variable_that_is_little_like_a_key_is_warned_of(
+    variable: str, advice: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    resolve_config(environment={variable: "5", **dict.fromkeys(OTHER_VARIABLES, "x")})
+    assert caplog.messages == [f"environment: variable {variable} is no config key{advice}"]
+
+
+@pytest.mark.parametrize(
     ("variable", "text", "key", "value"),
     [
         ("MORTICE_GENERATION_STOP", "END", "generation.stop", ("END",)),
@@ -198,6 +216,9 @@ def test_a_variable_is_read_as_text_of_its_keys_type(variable: str, text: str, k
         ("MORTICE_GENERATION_STOP", '["a"', "wanted a list of strings, as in TOML"),
         ("MORTICE_SAMPLING_LOGIT_BIAS", "5", "wanted a table, found 5"),
         ("MORTICE_EXECUTOR_KV", "f8", "wanted one of"),
+        ("MORTICE_GENERATION_STOP", "[" * 50_000, "wanted a list of strings, as in TOML"),
+        ("MORTICE_GENERATION_STOP", "ü\udcff", "not UTF-8 at byte 2"),
+        ("MORTICE_PROMPT_TEXT", "a\udcff", "not UTF-8 at byte 1"),
     ],
 )
 def test_a_variable_of_the_wrong_type_is_refused(variable: str, text: str, wanted: str) -> None:

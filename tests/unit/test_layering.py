@@ -32,7 +32,7 @@ FLOORS = (  # from the ground up
     Floor("contracts", ("arch_contracts/*",), "data about model families; readable and checkable on its own"),
     Floor(
         "basics",
-        ("core/version.py", "core/errors.py", "core/model/qtypes.py"),
+        ("core/version.py", "core/errors.py", "core/text_file.py", "core/model/qtypes.py"),
         "every floor raises errors and names types",
     ),
     Floor(

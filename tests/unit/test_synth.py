@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mortice.core.cli.flags import OutputFlags
+from mortice.core.cli.synth import synth
 from mortice.core.config import ExecutorConfig, RunConfig
 from mortice.core.errors import ConfigError
 from mortice.core.model.types import ModelFile
@@ -210,6 +213,32 @@ def test_an_unknown_name_is_refused_with_the_nearest(shape: str, recipe: str, me
 def test_fewer_than_one_layer_is_refused() -> None:
     with pytest.raises(ConfigError, match="layers: found 0"):
         synth_model("SmolLM2-135M", "F16", layers=0)
+
+
+def test_more_layers_than_any_model_has_are_refused() -> None:
+    with pytest.raises(ConfigError, match="layers: found 99999999999, wanted 1 to 1024"):
+        synth_model("SmolLM2-135M", "F16", layers=99_999_999_999)
+
+
+def test_what_is_no_regular_file_is_never_overwritten(tmp_path: Path) -> None:
+    pipe, dangling = tmp_path / "pipe", tmp_path / "dangling"
+    os.mkfifo(pipe)
+    dangling.symlink_to(tmp_path / "nothing")
+    for out, reason in ((pipe, "no regular file"), (dangling, "a symbolic link to nothing"), (tmp_path, "no regular")):
+        with pytest.raises(ConfigError, match=reason):
+            synth("SmolLM2-135M", "F16", out, force=True)
+    assert pipe.is_fifo()
+
+
+def test_a_link_to_a_file_is_followed(tmp_path: Path) -> None:
+    target, link = tmp_path / "model.gguf", tmp_path / "link"
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    with pytest.raises(ConfigError, match="is there already"):
+        synth("SmolLM2-135M", "Q4_0", link, layers=1)
+    assert synth("SmolLM2-135M", "Q4_0", link, layers=1, force=True, output=OutputFlags(quiet=True)) == 0
+    assert link.is_symlink()
+    assert target.read_bytes()[:4] == b"GGUF"
 
 
 def test_a_file_with_a_colon_in_its_name_is_a_file(tmp_path: Path) -> None:

@@ -106,6 +106,10 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(
     assert [text for role, text in asked[2] if role == "user"] == ["one", "three"], "what was not answered goes"
 
 
+def test_a_model_may_stand_where_a_config_does(mortice: Mortice, tiny: Path) -> None:
+    assert mortice("chat", tiny, stdin=b"/exit\n").code == 0
+
+
 def test_a_model_without_a_template_is_refused(mortice: Mortice, tmp_path: Path) -> None:
     from mortice.core.plugin.registry import make_registry
     from mortice.core.testing.tiny_models import write_tiny_model

@@ -18,7 +18,8 @@ from tests.unit.cli.conftest import Mortice
 
 def test_init_writes_a_config_that_changes_nothing(mortice: Mortice, tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
-    assert mortice("config", "init", path).code == 0
+    ran = mortice("config", "init", path)
+    assert (ran.code, "set model.path and prompt.text in it" in ran.err) == (0, True)
     assert read_config(path) == RunConfig()
     assert mortice("config", "init").out == path.read_text()
 

@@ -166,6 +166,11 @@ def test_tokenize_gives_the_ids_of_the_python_api(mortice: Mortice) -> None:
     assert mortice("tokenize", path, "-", "--json", stdin=text.encode()).json == found
 
 
+def test_a_text_to_tokenize_that_is_no_utf_8_is_named_by_byte(mortice: Mortice, tiny: Path) -> None:
+    ran = mortice("tokenize", tiny, "ü\udcff")
+    assert (ran.code, ran.err) == (2, "mortice: error: text: not UTF-8 at byte 2\n")
+
+
 def test_standard_input_is_tokenized_exactly_as_it_is(mortice: Mortice, tiny: Path) -> None:
     ids = mortice("tokenize", tiny, "-", "--json", stdin=b"a\n").json["ids"]
     assert ids == mortice("tokenize", tiny, "a\n", "--json").json["ids"]

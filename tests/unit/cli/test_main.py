@@ -60,6 +60,44 @@ def test_a_flag_with_a_bad_value_is_refused(mortice: Mortice, tiny: Path, argume
     assert message in ran.err
 
 
+def test_a_usage_error_is_the_same_one_line_for_people_and_programs(mortice: Mortice) -> None:
+    ran = mortice("rnu", "--json")
+    assert ran.err == f"mortice: error: {ran.json['error']['message']}\n"
+
+
+@pytest.mark.parametrize("arguments", [["run", "-p", "a", "-m", ""], ["inspect", ""], ["run", ""]])
+def test_an_empty_path_is_refused(mortice: Mortice, arguments: list[str]) -> None:
+    ran = mortice(*arguments)
+    assert ran.code == 2
+    assert "found '', wanted a path" in ran.err
+
+
+def test_a_folder_or_an_empty_file_in_the_place_of_a_model_is_called_so(mortice: Mortice, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    assert mortice("inspect", tmp_path).err.endswith(" (a folder)\n")
+    assert mortice("inspect", tmp_path / "empty").err.endswith(" (an empty file)\n")
+    assert mortice("inspect", "/dev/null").err.endswith(" (a device)\n")
+
+
+def test_a_line_end_in_a_path_does_not_break_the_line(mortice: Mortice) -> None:
+    assert mortice("inspect", "a\nb.gguf").err == "mortice: error: a\\nb.gguf: no such file or folder\n"
+
+
+def test_a_value_that_nobody_serves_is_refused_with_its_source(
+    mortice: Mortice, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MORTICE_EXECUTOR_NAME", "abacus")
+    err = mortice("run", "-m", tiny, "-p", "a").err
+    assert err.startswith("mortice: error: executor.name: unknown 'abacus'; have ")
+    assert err.endswith(" (from environment MORTICE_EXECUTOR_NAME)\n")
+    assert "(from flag --executor)" in mortice("run", "-m", tiny, "-p", "a", "--executor", "b").err
+
+
+def test_what_is_missing_is_reported_together(mortice: Mortice) -> None:
+    err = mortice("run").err
+    assert "model.path: no model given, prompt.text: no prompt given; pass --model FILE and --prompt TEXT" in err
+
+
 def test_no_prompt_and_no_model_are_refused_by_name(mortice: Mortice, tiny: Path) -> None:
     assert "prompt.text: no prompt given" in mortice("run", "-m", tiny).err
     assert "model.path: no model given" in mortice("run", "-p", "a").err

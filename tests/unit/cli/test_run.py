@@ -71,6 +71,17 @@ def test_a_config_file_runs_and_flags_override_it(mortice: Mortice, tiny: Path, 
     assert len(mortice("run", config, "--json", "--set", "generation.max_tokens=1").json["ids"]) == 1
 
 
+def test_a_model_may_stand_where_a_config_does(mortice: Mortice, tiny: Path) -> None:
+    assert mortice("run", tiny, "-p", "a", "-n", 1, "-q").code == 0
+    found = mortice("config", "show", tiny, "--json").json["model.path"]
+    assert (found["value"], found["source"]) == (str(tiny), "--model")
+    ran = mortice("run", tiny, "-m", "other.gguf", "-p", "a")
+    assert (ran.code, ran.err) == (
+        2,
+        f"mortice: error: {tiny}: is a model, and so is --model other.gguf; wanted one\n",
+    )
+
+
 def test_the_environment_overrides_the_file(
     mortice: Mortice, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,12 +130,12 @@ def test_what_does_not_fit_is_refused_before_the_upload(mortice: Mortice, tiny: 
     ran = mortice("run", "-m", tiny, "-p", "hi", "--memory-mib", 1)
     assert ran.code == 2
     assert ran.out == ""
-    assert "may be used" in ran.err.splitlines()[-1]
+    assert ", 1.0 MiB may be used" in ran.err.splitlines()[-1]
     assert "upload:" not in ran.err
 
 
 def test_a_prompt_that_fills_the_context_is_refused_before_the_upload(mortice: Mortice, tiny: Path) -> None:
-    ran = mortice("run", "-m", tiny, "-p", "hello " * 50, "--context", 16)
+    ran = mortice("run", "-m", tiny, "-p", "hello " * 25, "--context", 16)
     assert ran.code == 2
     assert "wanted fewer than the context's 16" in ran.err
     assert "upload:" not in ran.err

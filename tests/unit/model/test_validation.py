@@ -135,6 +135,14 @@ def test_without_head_and_embedding_only_the_embedding_is_missing_for_llama() ->
     assert found[1:] == ["output.weight: missing; llama requires output (every model)"]
 
 
+def test_a_broken_embedding_does_not_make_the_tied_head_missing() -> None:
+    metadata, arrays = good()
+    del arrays["output.weight"]
+    arrays["token_embd.weight"] = np.zeros((40, 31), np.float32)
+    (line,) = errors(LLAMA, metadata, arrays)
+    assert line.startswith("token_embd.weight: shape (40, 31)")
+
+
 def test_everything_wrong_is_reported_at_once() -> None:
     metadata, arrays = good()
     del metadata["llama.attention.layer_norm_rms_epsilon"]

@@ -112,7 +112,7 @@ def test_lists_beside_the_tokens_have_their_length(name: str) -> None:
     metadata["tokenizer.ggml.tokens"] = ["a"] * 40
     metadata[f"tokenizer.ggml.{name}"] = np.zeros(41)
     assert [line.partition(" (byte")[0] for line in errors(LLAMA, metadata, arrays)] == [
-        f"tokenizer.ggml.{name}: 41 entries; wanted 40, one a token"
+        f"tokenizer.ggml.{name}: 41 entries; wanted one for each of 40 tokens"
     ]
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mortice.arch_contracts.schema import Contract, builtin_contracts
 from mortice.core.errors import DoesNotFitError, UnsupportedError
+from mortice.core.model.findings import join_layers
 from mortice.core.model.program import build_program
 from mortice.core.model.qtypes import QType
 from mortice.core.model.types import DeviceInfo, ModelFile
@@ -146,6 +147,22 @@ def test_all_unsupported_weights_are_listed_at_once() -> None:
         "blk.0.ffn_gate.weight: no kernel for linear with F64 weights",
         "blk.1.attn_q.weight: no kernel for linear with F64 weights",
     ]
+
+
+def test_weights_that_differ_in_the_layer_only_are_refused_in_one_line() -> None:
+    offered = [kernel for kernel in kernels(WIDE) if kernel.operator != "norm"]
+    with pytest.raises(UnsupportedError) as caught:
+        plan(model_of(), offered)
+    assert sorted(str(caught.value).splitlines()) == [
+        "blk.{0..1}.attn_norm.weight: no kernel for norm with F32 weights",
+        "blk.{0..1}.ffn_norm.weight: no kernel for norm with F32 weights",
+        "output_norm.weight: no kernel for norm with F32 weights",
+    ]
+
+
+def test_names_are_joined_over_runs_of_layers() -> None:
+    names = ["output.weight", *(f"blk.{layer}.a.weight" for layer in (0, 1, 2, 7)), "blk.3.b.weight"]
+    assert join_layers(names) == ["output.weight", "blk.{0..2,7}.a.weight", "blk.3.b.weight"]
 
 
 def test_bytes_are_counted_by_type_as_in_the_file() -> None:

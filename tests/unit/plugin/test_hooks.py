@@ -80,7 +80,8 @@ def test_mortice_open_model_taken_by_two_is_a_conflict_and_both_files_are_closed
         make_registry(plugins).open_model(path)
     assert str(caught.value) == (
         f"{path}: loader:toy is given by plugin one (given) and by plugin two (given); "
-        'choose one in the config: [plugins.prefer] "loader:toy" = "one" or "two"'
+        'choose one in the config: [plugins.prefer] "loader:toy" = "one" or "two"; '
+        "or block one: --block-plugin NAME (plugins.block)"
     )
     assert closed == ["first", "second"]
 

@@ -13,6 +13,7 @@ from attrs import define
 
 from mortice.core.errors import ConfigError, PluginError
 from mortice.core.model.qtypes import QType
+from mortice.core.plugin import registry as registry_module
 from mortice.core.plugin.hookspecs import CONTRACT_VERSION, hookimpl
 from mortice.core.plugin.interfaces import QuantizationType
 from mortice.core.plugin.manager import BUILTIN_PLUGINS, PluginManager, PluginPolicy
@@ -143,7 +144,8 @@ def test_a_broken_plugin_is_skipped_and_named(
     assert manager.records["acme-good"].status == "active"
     (record,) = manager.failed()
     assert (record.name, record.error) == ("acme-bad", error)
-    assert caplog.messages == [f"plugin acme-bad (acme-bad 1.0) is skipped: {error}"]
+    advice = "--block-plugin acme-bad (plugins.block) leaves it out"
+    assert caplog.messages == [f"plugin acme-bad (acme-bad 1.0) is skipped: {error}; {advice}"]
 
 
 def test_a_skipped_plugin_is_seen_on_standard_error_without_any_logging_set_up(tmp_path: Path) -> None:
@@ -152,7 +154,18 @@ def test_a_skipped_plugin_is_seen_on_standard_error_without_any_logging_set_up(t
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom mortice.core.plugin.registry import make_registry\n"
     )
     run = subprocess.run([sys.executable, "-c", code + "make_registry()"], capture_output=True, text=True, check=True)
-    assert run.stderr == "plugin acme (acme-bad 1.0) is skipped: ZeroDivisionError: division by zero\n"
+    assert run.stderr == (
+        "plugin acme (acme-bad 1.0) is skipped: ZeroDivisionError: division by zero; "
+        "--block-plugin acme (plugins.block) leaves it out\n"
+    )
+
+
+def test_what_a_package_prints_when_it_is_imported_is_kept_off_standard_output(
+    installed: Install, capsys: pytest.CaptureFixture[str]
+) -> None:
+    installed("acme-loud", source="print('welcome to acme')\n" + QTYPES.replace("return", "print('types'); return"))
+    assert registry_module.make_registry().manager.records["acme-loud"].status == "active"
+    assert capsys.readouterr() == ("", "welcome to acme\ntypes\n")
 
 
 def test_ctrl_c_while_a_plugin_is_imported_is_not_swallowed(installed: Install) -> None:
