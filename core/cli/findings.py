@@ -2,51 +2,34 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 
 from mortice.core.cli.render import Screen
-from mortice.core.model.findings import Finding
+from mortice.core.model.findings import Finding, join_layers
 
 __all__ = ["COLUMNS", "counts_text", "finding_rows", "note_findings"]
 
 COLUMNS = ("severity", "rule", "where", "found", "wanted")
-_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def finding_rows(findings: Iterable[Finding]) -> list[tuple[str, ...]]:
     """Rows for `COLUMNS`; ``blk.0.attn_q.weight`` … ``blk.29.attn_q.weight`` become ``blk.{0..29}.attn_q.weight``."""
-    groups: dict[tuple[str, ...], list[Finding]] = {}
+    rows: dict[tuple[str, ...], list[Finding]] = {}
     for finding in findings:
-        subject = _LAYER.sub("{}", finding.subject, count=1)
-        key = (finding.severity, finding.rule, subject, finding.found, finding.wanted, finding.plugin)
-        groups.setdefault(key, []).append(finding)
-    return [_row(group) for group in groups.values()]
+        alike = (finding.severity, finding.rule, finding.found, finding.wanted, finding.plugin)
+        rows.setdefault(alike, []).append(finding)
+    return [_row(group[0], where) for group in rows.values() for where in _places(group)]
 
 
-def _row(group: Sequence[Finding]) -> tuple[str, ...]:
-    first = group[0]
-    where = first.subject
-    if len(group) > 1:
-        layers = sorted({int(match[0]) for finding in group if (match := _LAYER.search(finding.subject))})
-        if layers:
-            where = _LAYER.sub(_ranges(layers), where, count=1)
-    elif first.offset is not None:
-        where += f" (byte {first.offset})"
-    wanted = first.wanted if first.plugin == "mortice" else f"{first.wanted} [plugin {first.plugin}]"
-    return first.severity, first.rule, where, first.found, wanted
+def _places(group: Sequence[Finding]) -> list[str]:
+    if len(group) == 1 and group[0].offset is not None:
+        return [f"{group[0].subject} (byte {group[0].offset})"]
+    return join_layers(finding.subject for finding in group)
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """``{0..3,7}`` of 0, 1, 2, 3, 7."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    inside = ",".join("..".join(map(str, run)) for run in runs)
-    return f"{{{inside}}}"
+def _row(finding: Finding, where: str) -> tuple[str, ...]:
+    wanted = finding.wanted if finding.plugin == "mortice" else f"{finding.wanted} [plugin {finding.plugin}]"
+    return finding.severity, finding.rule, where, finding.found, wanted
 
 
 def counts_text(findings: Sequence[Finding]) -> str:
