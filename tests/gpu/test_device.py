@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,12 +77,12 @@ def stream(device: Device) -> Iterator[Stream]:
     stream.close()
 
 
-def axpy(module: Module, stream: Stream, device: Device, a: float) -> np.ndarray:
-    """3a + 1, computed on the device."""
+def axpy(module: Module, stream: Stream, device: Device, a: float, **kind: Any) -> np.ndarray:
+    """3a + 1, computed on the device; `kind` goes to the launch."""
     with device.allocate(4 * N) as x, device.allocate(4 * N) as y:
         stream.write(x.address, np.full(N, 3, np.float32))
         stream.write(y.address, np.ones(N, np.float32))
-        module.function("axpy").prepare((4, 1, 1), 256, [y, x, Float(a), Int(N)])(stream)
+        module.function("axpy").prepare((4, 1, 1), 256, [y, x, Float(a), Int(N)], **kind)(stream)
         result = np.zeros(N, np.float32)
         stream.read(result, y.address)
     return result
@@ -255,13 +256,11 @@ def test_a_dependent_launch_waits_for_what_it_depends_on(module: Module, stream:
 
 
 def test_cooperative_and_clustered_launches_run(module: Module, stream: Stream, device: Device) -> None:
-    with device.allocate(4 * N) as y:
-        stream.fill(y.address, 0, y.nbytes)
-        function = module.function("axpy")
-        function.prepare(4, 256, [y, y, Float(1), Int(N)], cooperative=True)(stream)
-        if device.properties.compute_capability >= (9, 0):
-            function.prepare(4, 256, [y, y, Float(1), Int(N)], cluster=2)(stream)
-        stream.synchronize()
+    kinds: list[dict[str, Any]] = [{"cooperative": True}]
+    if device.properties.compute_capability >= (9, 0):
+        kinds.append({"cluster": 2})
+    for kind in kinds:
+        np.testing.assert_array_equal(axpy(module, stream, device, 2.0, **kind), np.full(N, 7, np.float32))
 
 
 def test_a_second_thread_can_use_the_device(module: Module, device: Device) -> None:
