@@ -1,82 +1,131 @@
-"""``mortice validate``: hold files against their contracts."""
+"""``mortice validate``: hold models against their contracts."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
 
 from mortice.core.cli.findings import COLUMNS, counts_text, finding_rows
 from mortice.core.cli.flags import (
     ConfigFile,
     ConfigFlags,
-    ContractFlag,
+    FileFlags,
     ModelPath,
     OutputFlags,
     PluginFlags,
     settings,
 )
-from mortice.core.cli.render import Screen, printable
-from mortice.core.errors import MorticeError
+from mortice.core.cli.render import Screen, json_text, printable, size_text
+from mortice.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mortice.core.plugin.registry import Registry
+    from mortice.core.validation.results import ModelResult
 
 __all__ = ["validate"]
 
 _REFUSED = 2
+_SHOWN_DIGITS = 12
 
 
 def validate(
-    file: ModelPath,
+    path: Annotated[ModelPath, Parameter(help="A model file, or a folder to search for models.")],
     /,
-    *files: ModelPath,
+    *paths: ModelPath,
+    form: Annotated[
+        Literal["text", "json", "sarif", "junit"],
+        Parameter(name="--format", help="How results are printed: for a person, or for a program.", show_default=False),
+    ] = "text",
+    strict: Annotated[bool, Parameter(help="Warnings count as errors.", negative=(), show_default=False)] = False,
+    deep: Annotated[
+        bool,
+        Parameter(
+            help="Read the tensor data, too: NaN and Inf, rows of zeros, scales out of range.",
+            negative=(),
+            show_default=False,
+        ),
+    ] = False,
     config: ConfigFile = None,
-    contract: ContractFlag | None = None,
+    contract: FileFlags | None = None,
     plugins: PluginFlags | None = None,
     any_key: ConfigFlags | None = None,
     output: OutputFlags | None = None,
 ) -> int:
-    """Hold model files against their contracts and report everything found.
+    """Hold models against their contracts and report everything found.
 
-    No tensor is read. Goes on after a broken file; the exit code is 2 when any file has an error.
+    Folders are searched for models. No tensor data are read without --deep. Goes on after a broken file; the exit code
+    is 2 when any model has an error, with --strict also when any has a warning.
 
     """
-    from mortice.core.stages import registry_for
+    from mortice.core.stages import read_contract, registry_for
+    from mortice.core.validation.check import check_models
 
     output = output or OutputFlags()
-    screen = Screen(json=output.json, quiet=output.quiet)
+    if output.json and form not in ("text", "json"):
+        raise ConfigError(f"--json and --format {form}: found both, wanted one")
+    if output.json:
+        form = "json"
+    screen = Screen(json=form != "text", quiet=output.quiet)
     chosen = settings(config, contract, plugins, any_key).config
+    if chosen.model.contract is not None:
+        read_contract(chosen.model.contract)  # a mistake in it is said once, not for each model
     registry = registry_for(chosen)
-    results = [_validate(screen, registry, path, chosen.model.contract) for path in (file, *files)]
-    screen.result(results)
-    return 0 if all(result["ok"] for result in results) else _REFUSED
+    reading = partial(screen.byte_progress, "tensor data")
+    results = []
+    for result in check_models(
+        (path, *paths),
+        registry,
+        contract=chosen.model.contract,
+        quantize=chosen.model.quantize,
+        deep=deep,
+        reading=reading,
+    ):
+        results.append(result)
+        _show(screen, result, strict=strict)
+    failed = sum(not result.passed(strict=strict) for result in results)
+    if len(results) > 1:
+        screen.say(f"{len(results)} models, {failed or 'none'} refused")
+    _print(form, results, strict=strict)
+    return _REFUSED if failed else 0
 
 
-def _validate(screen: Screen, registry: Registry, path: Path, contract: Path | None) -> dict[str, Any]:
-    from mortice.core.stages import validate_file
-
-    try:
-        report = validate_file(path, contract=contract, registry=registry)
-    except MorticeError as error:
-        screen.say(f"{printable(str(path))}: refused")
-        for line in str(error).splitlines():
+def _show(screen: Screen, result: ModelResult, *, strict: bool) -> None:
+    """One model for a person: a line that says how it went, and what was found."""
+    path = printable(str(result.path))
+    if result.error is not None:
+        screen.say(f"{path}: refused")
+        for line in str(result.error).splitlines():
             screen.say(f"  {printable(line)}")
-        return {
-            "path": path,
-            "ok": False,
-            "error": {"type": type(error).__name__, "message": str(error)},
-            "contract": None,
-            "findings": [],
-        }
-    found = report.findings.items
-    state = "valid" if report.ok else "not valid"
-    screen.say(f"{printable(str(path))}: {state} against contract {report.contract.name}, {counts_text(found)}")
-    if found:
-        screen.table(COLUMNS, finding_rows(found))
-    return {
-        "path": path,
-        "ok": report.ok,
-        "error": None,
-        "contract": report.contract.name,
-        "findings": [finding.as_dict() for finding in found],
-    }
+    else:
+        state = "valid" if result.findings.ok else "not valid"
+        refused = ", refused by --strict" if result.findings.ok and not result.passed(strict=strict) else ""
+        counts = counts_text(result.findings.items)
+        screen.say(f"{path}: {state} against contract {result.contract}, {counts}{refused}")
+    if result.template is not None:
+        known = result.template["known"]
+        digest = str(result.template["sha256"])[:_SHOWN_DIGITS]
+        screen.say(f"  chat template {digest}: " + (f"known, {known}" if known else "not among the known ones"))
+    if result.findings.items:
+        screen.table(COLUMNS, finding_rows(result.findings.items))
+    if result.data is not None:
+        speed = result.data.nbytes / max(result.data.seconds, 1e-9) / 1e9
+        screen.note(
+            f"{path}: {size_text(result.data.nbytes)} of tensor data checked in {result.data.seconds:.2f} s, "
+            f"{speed:.1f} GB/s"
+        )
+
+
+def _print(form: str, results: list[ModelResult], *, strict: bool) -> None:
+    """All results for a program."""
+    match form:
+        case "json":
+            print(json_text([result.as_dict() for result in results]))
+        case "sarif":
+            from mortice.core.validation.sarif import sarif_log
+
+            print(json_text(sarif_log(results, strict=strict)))
+        case "junit":
+            from mortice.core.validation.junit import junit_xml
+
+            print(junit_xml(results, strict=strict), end="")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from attrs import asdict, field, frozen
 
-__all__ = ["Finding", "Findings", "Severity", "join_layers"]
+__all__ = ["Finding", "Findings", "Severity", "join_layers", "join_numbers"]
 
 Severity = Literal["error", "warning", "note"]
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -81,11 +81,12 @@ def join_layers(names: Iterable[str]) -> list[str]:
     joined = []
     for group in groups.values():
         layers = sorted({int(match[0]) for name in group if (match := _LAYER.search(name))})
-        joined.append(_LAYER.sub(_ranges(layers), group[0], count=1) if len(layers) > 1 else group[0])
+        joined.append(_LAYER.sub(join_numbers(layers), group[0], count=1) if len(layers) > 1 else group[0])
     return joined
 
 
-def _ranges(numbers: Iterable[int]) -> str:
+def join_numbers(numbers: Iterable[int]) -> str:
+    """Ascending numbers as ranges: ``{0..3,7}``."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

@@ -1,20 +1,18 @@
-"""What a file says about its text, checked without building a tokenizer or running a template."""
+"""What a file says about its vocabulary, checked without building a tokenizer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from mortice.core.errors import TemplateError, TokenizerError
+from mortice.core.errors import TokenizerError
 from mortice.core.model.findings import Finding, Severity
 from mortice.core.model.types import ModelFile
 from mortice.core.text.encoders import check_encodable
-from mortice.core.text.template_process import TemplateLimits, TemplateProcess
 from mortice.core.text.vocabulary import Vocabulary
 
-__all__ = ["template_findings", "tokenizer_findings"]
+__all__ = ["tokenizer_findings"]
 
 _TOKENS = "tokenizer.ggml.tokens"
-_TEMPLATE = "tokenizer.chat_template"
 _FOUND_CHARS = 300
 """Texts from the file stand in messages; a hostile one has megabytes."""
 
@@ -32,30 +30,10 @@ def tokenizer_findings(file: ModelFile) -> list[Finding]:
     if found:
         return found
     try:
-        check_encodable(Vocabulary.from_metadata(file.metadata))
+        check_encodable(Vocabulary.of(file))
     except TokenizerError as error:
         subject, _, text = str(error).partition(": ")
         return [_finding(file, f"tokenizer.{subject.rpartition('.')[2]}", subject, *_parts(text))]
-    return []
-
-
-def template_findings(file: ModelFile, limits: TemplateLimits | None = None) -> list[Finding]:
-    """Whether the chat template compiles, in the sandbox that renders it; a warning, since only a chat needs it."""
-    source = file.metadata.get(_TEMPLATE)
-    if source is None:
-        return []
-    if not isinstance(source, str):
-        found = type(source).__name__
-        return [_finding(file, "template.type", _TEMPLATE, found, "wanted a string; this model cannot chat", "warning")]
-    try:
-        process = TemplateProcess(source, limits or TemplateLimits())
-        try:
-            process.check()
-        finally:
-            process.close()
-    except TemplateError as error:
-        text = str(error).removeprefix(f"{_TEMPLATE}: ")[:_FOUND_CHARS]
-        return [_finding(file, "template.broken", _TEMPLATE, text, "this model cannot chat", "warning")]
     return []
 
 

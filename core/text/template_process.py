@@ -75,7 +75,7 @@ class TemplateProcess:
             TemplateError: the template is broken, raises, or takes more than its limits.
 
         """
-        return self._ask(json.dumps(variables))
+        return self._ask(json.dumps({"render": variables}))
 
     def check(self) -> None:
         """Compile the template without rendering it.
@@ -85,6 +85,15 @@ class TemplateProcess:
 
         """
         self._ask(None)
+
+    def audit(self) -> list[tuple[int, str]]:
+        """What in the template looks suspicious: line and reason (`template_constructs`).
+
+        Raises:
+            TemplateError: the template is broken, or takes more than its limits.
+
+        """
+        return [(line, reason) for line, reason in json.loads(self._ask(json.dumps({"audit": True})))]
 
     def _ask(self, request: str | None) -> str:
         """The answer to a request; None only compiles."""

@@ -2,7 +2,7 @@
 
 Run as a script by `chat`, never imported by it: a template is a program from a stranger, and only a process can be
 held to a time and a memory whatever it calls. Reads and writes one JSON object a line. The first holds the template;
-each later one holds variables and is answered with the text or the reason why there is none.
+each later one holds variables, or asks for an audit, and is answered with the text or the reason why there is none.
 
 CPU time is bounded by ITIMER_PROF, whose signal ends the process even inside a long C call; memory by RLIMIT_AS.
 """
@@ -31,8 +31,8 @@ def _limit(setup: dict[str, Any]) -> None:
         resource.setrlimit(kind, (amount if hard == resource.RLIM_INFINITY else min(amount, hard), hard))
 
 
-def _compile(source: str) -> Any:
-    """The template in a sandbox set up as Hugging Face's `apply_chat_template` has it."""
+def _sandbox() -> Any:
+    """A sandbox set up as Hugging Face's `apply_chat_template` has it."""
     from jinja2 import nodes
     from jinja2.exceptions import SecurityError, TemplateError
     from jinja2.ext import Extension
@@ -64,7 +64,13 @@ def _compile(source: str) -> Any:
     sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
     sandbox.filters["tojson"] = tojson
     sandbox.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-    return sandbox.from_string(source)
+    return sandbox
+
+
+def _audit(sandbox: Any, source: str) -> str:
+    from mortice.core.text.template_constructs import suspicious_constructs
+
+    return json.dumps(suspicious_constructs(sandbox.parse(source), source))
 
 
 def _render(template: Any, variables: dict[str, Any], output_chars: int) -> str:
@@ -105,11 +111,17 @@ def _main() -> None:
     import jinja2.sandbox  # noqa: F401 - imported before memory is limited and time is counted
 
     _limit(setup)
+    sandbox = _sandbox()
     template: list[Any] = []
 
     def compile_template() -> str:
-        template.append(_compile(setup["template"]))
+        template.append(sandbox.from_string(setup["template"]))
         return ""
+
+    def answer_to(request: dict[str, Any]) -> str:
+        if "audit" in request:
+            return _audit(sandbox, setup["template"])
+        return _render(template[0], request["render"], setup["output_chars"])
 
     answer = _answer(compile_template, setup["cpu_seconds"])
     while True:
@@ -118,8 +130,7 @@ def _main() -> None:
         request = sys.stdin.readline()
         if not request:
             return
-        work = functools.partial(_render, template[0], json.loads(request), setup["output_chars"])
-        answer = _answer(work, setup["cpu_seconds"])
+        answer = _answer(functools.partial(answer_to, json.loads(request)), setup["cpu_seconds"])
 
 
 if __name__ == "__main__":

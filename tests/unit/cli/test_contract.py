@@ -1,0 +1,125 @@
+"""``mortice contract``: derive, diff, show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+from attrs import evolve
+
+from mortice.core.testing.tiny_models import write_tiny_model
+from tests.support.tiny import CONTRACTS
+from tests.unit.cli.conftest import Mortice
+
+
+@pytest.fixture
+def unknown(tmp_path: Path) -> Path:
+    """A model of an architecture nobody knows."""
+    contract = evolve(CONTRACTS["qwen3"], name="newfam", architectures=("newfam",))
+    return write_tiny_model(tmp_path / "new.gguf", contract, sizes={"rope_freq_base": 1e4})
+
+
+def test_the_way_from_an_unknown_file_to_an_answer(mortice: Mortice, unknown: Path, tmp_path: Path) -> None:
+    """Refused, drafted, filled in, validated, run."""
+    own = tmp_path / "newfam.toml"
+    assert mortice("validate", unknown).code == 2
+    derived = mortice("contract", "derive", unknown, "-o", own)
+    assert (derived.code, derived.out) == (0, "")
+    refused = mortice("validate", unknown, "--contract", own)
+    assert refused.code == 2
+    assert "rope.style" in refused.err
+    assert "ffn.activation" in refused.err
+    text = own.read_text()
+    own.write_text(text.replace('style = "?"', 'style = "halves"').replace('activation = "?"', 'activation = "silu"'))
+    assert mortice("validate", unknown, "--contract", own, "--strict").code == 0
+    ran = mortice("run", "-m", unknown, "--contract", own, "-p", "a", "-n", 2, "--json", "--executor", "reference")
+    assert ran.code == 0
+    assert len(ran.json["ids"]) == 2
+
+
+def test_what_is_open_is_said_with_line_and_key(mortice: Mortice, unknown: Path) -> None:
+    ran = mortice("contract", "derive", unknown)
+    lines = ran.out.splitlines()
+    said = {line.partition(": ")[0]: line for line in ran.err.splitlines()}
+    place = next(number for number, line in enumerate(lines, 1) if line.startswith("style = "))
+    assert said[f"line {place}"].startswith(f"line {place}: fill in rope.style: a file does not say")
+    assert ran.err.splitlines()[-1] == "not usable before rope.style, ffn.activation are filled in"
+    assert mortice("contract", "derive", unknown, "--quiet").err == ""
+
+
+def test_a_family_that_is_alike_fills_in_the_rest(mortice: Mortice, unknown: Path, tmp_path: Path) -> None:
+    own = tmp_path / "newfam.toml"
+    ran = mortice("contract", "derive", unknown, "--like", "qwen3", "--name", "mine", "-o", own)
+    assert (ran.code, ran.err) == (0, "")
+    assert mortice("validate", unknown, "--contract", own).code == 0
+    assert 'name = "mine"' in own.read_text()
+    assert "as in contract qwen3" in own.read_text()
+
+
+def test_a_draft_overwrites_nothing(mortice: Mortice, unknown: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text("mine")
+    ran = mortice("contract", "derive", unknown, "-o", tmp_path / "own.toml")
+    assert ran.code == 2
+    assert "exists already" in ran.err
+    assert (tmp_path / "own.toml").read_text() == "mine"
+
+
+def test_a_draft_as_json_has_the_text_and_what_is_open(mortice: Mortice, unknown: Path) -> None:
+    found = mortice("contract", "derive", unknown, "--json").json
+    assert found["contract"] == mortice("contract", "derive", unknown, "-q").out
+    assert found["unknown"].keys() == {"rope.style", "ffn.activation"}
+    assert found["remarks"] == []
+
+
+def test_equal_contracts_have_exit_code_0_and_others_1(mortice: Mortice) -> None:
+    toml = Path(__file__).parents[3] / "arch_contracts" / "llama.toml"
+    same = mortice("contract", "diff", "llama", toml)
+    assert (same.code, same.out) == (0, "no difference\n")
+    other = mortice("contract", "diff", "llama", "qwen3")
+    assert other.code == 1
+    assert any(line.split() == ["rope.style", "adjacent", "halves"] for line in other.out.splitlines())
+    found = mortice("contract", "diff", "llama", "qwen3", "--json")
+    assert (found.code, found.json["equal"]) == (1, False)
+    assert {"key": "rope.style", "first": "adjacent", "second": "halves"} in found.json["differences"]
+
+
+@pytest.mark.parametrize("second", ["nope", "none.toml", ""])
+def test_a_contract_that_cannot_be_had_has_exit_code_2(mortice: Mortice, second: str) -> None:
+    ran = mortice("contract", "diff", "llama", second)
+    assert (ran.code, ran.out) == (2, "")
+    assert len(ran.err.splitlines()) == 1
+
+
+def test_the_program_of_a_contract_is_shown_for_sizes(mortice: Mortice) -> None:
+    ran = mortice("contract", "show", "qwen3", "--sizes", "num_layers=3,hidden_size=96,num_heads=6")
+    assert ran.code == 0
+    assert ran.out.startswith("qwen3: 3 layers, hidden size 96, vocabulary 512, context 512\n")
+    assert "layers {0..2}, each:" in ran.out
+    assert "rms_norm(attn_q, eps 1e-05) of each of 6 parts * attn_q_norm[16]" in ran.out
+
+
+def test_the_program_of_a_contract_is_shown_for_a_file(mortice: Mortice, tiny: Path, unknown: Path) -> None:
+    ran = mortice("contract", "show", "llama", "--file", tiny, "--json")
+    assert (ran.code, ran.json["layers"]) == (0, 2)
+    assert [part["layers"] for part in ran.json["parts"]] == [[], [0, 1], []]
+    wrong = mortice("contract", "show", "qwen2", "--file", unknown)
+    assert wrong.code == 2
+    both = mortice("contract", "show", "llama", "--file", tiny, "--sizes", "num_layers=1")
+    assert (both.code, both.err) == (2, "mortice: error: --file and --sizes: found both, wanted one\n")
+
+
+@pytest.mark.parametrize("sizes", ["num_layers", "num_layers=x", "=3", "", "num_layers=2,,"])
+def test_sizes_that_cannot_be_read_are_refused(mortice: Mortice, sizes: str) -> None:
+    ran = mortice("contract", "show", "llama", "--sizes", sizes)
+    assert ran.code == 2
+    assert "wanted NAME=NUMBER" in ran.err
+
+
+def test_a_picture_is_drawn_without_further_packages(mortice: Mortice, tmp_path: Path) -> None:
+    ran = mortice("contract", "show", "llama", "--picture", tmp_path / "llama.svg")
+    assert (ran.code, ran.err) == (0, f"{tmp_path}/llama.svg: drawn\n")
+    picture = ET.parse(tmp_path / "llama.svg").getroot()
+    assert picture.tag == "{http://www.w3.org/2000/svg}svg"
+    assert any(text.text == "layers {0..1}, each" for text in picture.iter("{http://www.w3.org/2000/svg}text"))
+    assert mortice("contract", "show", "llama", "--picture", tmp_path / "no" / "x.svg").code == 1
