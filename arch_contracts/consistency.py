@@ -12,6 +12,7 @@ from mortice.arch_contracts.structuring import unknown_key
 from mortice.arch_contracts.vocabulary import (
     GLOBAL_ROLES,
     LAYER_ROLES,
+    PRESENCE,
     STANDARD_HYPERPARAMETERS,
     Contract,
     Role,
@@ -51,7 +52,8 @@ def _head(contract: Contract) -> Iterator[str]:
 def _hyperparameters(contract: Contract) -> Iterator[str]:
     for name, hyperparameter in contract.hyperparameters.items():
         where = f"hyperparameters.{name}"
-        if not (name.isidentifier() and name.isascii()) or name in _GIVEN or name in FUNCTIONS:
+        reserved = name in _GIVEN or name in FUNCTIONS or name.startswith(PRESENCE)
+        if reserved or not (name.isidentifier() and name.isascii()):
             yield f"{where}: {name!r} cannot name a hyperparameter"
         if not hyperparameter.key:
             yield f"{where}.key: wanted a metadata key, found an empty string"
@@ -78,9 +80,12 @@ def _names(contract: Contract) -> Iterator[str]:
     """Every name in an expression must exist; where there is no layer, nothing of a layer may be read."""
     known = frozenset(contract.hyperparameters) | _GIVEN
     of_layer = {name for name, item in contract.hyperparameters.items() if item.per_layer} | {"layer"}
+    presence = {PRESENCE + role for role in contract.layer_roles}
     for where, expression in contract.expressions():
-        for name in sorted(expression.names - known):
-            yield f"{where}: {expression.text!r}: {unknown_key(name, sorted(known))}"
+        # which weights are there is known once shapes and hyperparameters are, so those cannot ask
+        allowed = known | presence if where.startswith(("attention.", "rope.", "residual.")) else known
+        for name in sorted(expression.names - allowed):
+            yield f"{where}: {expression.text!r}: {unknown_key(name, sorted(allowed))}"
         if _is_global(contract, where):
             for name in sorted(expression.names & of_layer):
                 yield f"{where}: {expression.text!r}: {name!r} has no value here, outside the layers"
@@ -136,6 +141,13 @@ def _repeated(scope: str, roles: Mapping[str, Role]) -> Iterator[str]:
                 yield f"roles.{scope}.{key}.split: {part!r} is a part of another role too"
 
 
+def _rope_tables(contract: Contract) -> set[str]:
+    if contract.rope is None:
+        return set()
+    tables = {"rope_factors_short", "rope_factors_long"} if "longrope" in contract.rope.scaling else set()
+    return {"rope_freqs"} | tables
+
+
 def _against_settings(contract: Contract) -> Iterator[str]:
     may_be_parallel = not contract.residual.parallel.is_zero
     optional_ffn_norm = {"ffn_norm"} if may_be_parallel and contract.norm.placement != "post" else set()
@@ -145,7 +157,7 @@ def _against_settings(contract: Contract) -> Iterator[str]:
             "global",
             contract.global_roles,
             dict(contract.needed_global_roles()),
-            {"token_embd_norm"} | ({"rope_freqs"} if contract.rope is not None else set()),
+            {"token_embd_norm"} | _rope_tables(contract),
         ),
         (
             "layer",

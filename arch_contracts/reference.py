@@ -13,6 +13,7 @@ from mortice.arch_contracts.expressions import FUNCTIONS, Expression
 from mortice.arch_contracts.schema import (
     GLOBAL_ROLES,
     LAYER_ROLES,
+    PRESENCE,
     STANDARD_HYPERPARAMETERS,
     ContractDocument,
     Hyperparameter,
@@ -69,7 +70,9 @@ def _expressions() -> Iterator[str]:
     yield "Where a kind below is *expression*, a number may stand, or text that computes one from hyperparameters:"
     yield "`+ - * / // % **`, comparisons, `and or not`, `a if test else b` and the functions"
     yield f"{', '.join(f'`{name}`' for name in FUNCTIONS)}. Besides the hyperparameters there are `vocab_size` and, in"
-    yield "what belongs to a layer, `layer` (from 0). Nothing else is read, and nothing is evaluated as Python."
+    yield "what belongs to a layer, `layer` (from 0). In `attention`, `rope` and `residual` there is"
+    yield f"`{PRESENCE}ROLE` too: 1 in a layer with a weight for the role, else 0; all layers or none must have it."
+    yield "Nothing else is read, and nothing is evaluated as Python."
     yield ""
 
 

@@ -18,6 +18,7 @@ from mortice.arch_contracts.structuring import make_converter, mistakes, parse_t
 from mortice.arch_contracts.vocabulary import (
     GLOBAL_ROLES,
     LAYER_ROLES,
+    PRESENCE,
     STANDARD_HYPERPARAMETERS,
     AttentionSpec,
     Contract,
@@ -35,6 +36,7 @@ from mortice.arch_contracts.vocabulary import (
 __all__ = [
     "GLOBAL_ROLES",
     "LAYER_ROLES",
+    "PRESENCE",
     "STANDARD_HYPERPARAMETERS",
     "AttentionSpec",
     "Contract",

@@ -18,6 +18,7 @@ from mortice.arch_contracts.expressions import Expression
 __all__ = [
     "GLOBAL_ROLES",
     "LAYER_ROLES",
+    "PRESENCE",
     "STANDARD_HYPERPARAMETERS",
     "AttentionSpec",
     "Contract",
@@ -35,7 +36,7 @@ __all__ = [
 ZERO, ONE = Expression("0"), Expression("1")
 _HEAD_DIM, _INVERSE_ROOT = Expression("head_dim"), Expression("1 / sqrt(head_dim)")
 
-_NO_BIAS = ("token_embd", "position_embd", "rope_freqs")
+_NO_BIAS = ("token_embd", "position_embd", "rope_freqs", "rope_factors_short", "rope_factors_long")
 _BIASED = ("token_embd_norm", "output_norm", "output")
 _IN_LAYER = (
     "attn_norm",
@@ -58,6 +59,8 @@ GLOBAL_ROLES = (*_NO_BIAS, *_BIASED, *(f"{role}_bias" for role in _BIASED))
 """Roles of weights that a model has once."""
 LAYER_ROLES = (*_IN_LAYER, *(f"{role}_bias" for role in _IN_LAYER))
 """Roles of weights that each layer has."""
+PRESENCE = "has_"
+"""``has_ROLE`` in an expression is 1 in a layer that has a weight for the role, else 0."""
 
 
 class ContractFormatError(ValueError):
@@ -153,6 +156,9 @@ class AttentionSpec:
         scale: the factor on ``q . k``.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 is none.
         sliding_window: tokens a token sees, itself included; 0 is the whole context.
+        temperature: Q is multiplied by ``1 + temperature * ln(1 + floor(position / temperature_period))`` after RoPE; 0
+            is none.
+        temperature_period: the positions after which that factor first grows.
 
     """
 
@@ -162,6 +168,8 @@ class AttentionSpec:
     scale: Expression = _INVERSE_ROOT
     softcap: Expression = ZERO
     sliding_window: Expression = ZERO
+    temperature: Expression = ZERO
+    temperature_period: Expression = ONE
 
 
 @frozen(kw_only=True)
@@ -172,7 +180,9 @@ class RopeSpec:
         style: which elements form a pair: ``adjacent`` (2i, 2i + 1) or ``halves`` (i, i + dims / 2).
         dims: elements of a head that are rotated, from its start; 0 leaves the layer without positions.
         base: the frequency base.
-        scaling: the values of ``rope.scaling.type`` the family allows besides ``none``.
+        scaling: the values of ``rope.scaling.type`` the family allows besides ``none``. ``longrope`` has a divisor for
+            each frequency in two tables, the roles ``rope_factors_short`` and ``rope_factors_long``; a run whose
+            context is longer than ``rope.scaling.original_context_length`` takes the second.
         scaled: whether the file's scaling holds for the layer; 0 is no.
 
     """
@@ -180,7 +190,7 @@ class RopeSpec:
     style: Literal["adjacent", "halves"]
     dims: Expression = _HEAD_DIM
     base: Expression
-    scaling: tuple[Literal["linear", "yarn"], ...] = ()
+    scaling: tuple[Literal["linear", "yarn", "longrope"], ...] = ()
     scaled: Expression = ONE
 
 
@@ -297,6 +307,11 @@ class Contract:
                     yield f"roles.{scope}.{name}.shape", extent
                 for part, rows in role.split.items():
                     yield f"roles.{scope}.{name}.split.{part}", rows
+
+    def asked_for(self) -> Iterator[str]:
+        """The layer roles on whose presence an expression depends."""
+        names = {name for _, expression in self.expressions() for name in expression.names}
+        yield from (role for role in self.layer_roles if PRESENCE + role in names)
 
     def needed_layer_roles(self, *, parallel: bool) -> Iterator[tuple[str, str]]:
         """The layer roles that the settings cannot do without, each with the setting that says so."""

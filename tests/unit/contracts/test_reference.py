@@ -30,6 +30,12 @@ def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == wanted, "run: python -m mortice.arch_contracts.reference > the page"
 
 
+def test_the_readme_lists_every_family_with_its_architectures() -> None:
+    readme = (PAGE.parents[2] / "README.md").read_text(encoding="utf-8")
+    for contract in schema.builtin_contracts():
+        assert f"| {contract.name} | {', '.join(f'`{name}`' for name in contract.architectures)} |" in readme
+
+
 def test_the_page_names_every_role_and_table() -> None:
     page = contract_reference()
     for name in (*schema.GLOBAL_ROLES, *schema.LAYER_ROLES, *schema.STANDARD_HYPERPARAMETERS):

@@ -192,6 +192,20 @@ def mistakes_of(text: str) -> list[str]:
             '[attention]\nqk_norm = "per_head"',
             "roles.layer.attn_k_norm: attention.qk_norm = 'per_head' needs it",
         ),
+        # which weights a file has
+        ("[rope]", '[rope]\ndims = "8 if has_attn_output_bias else has_attn_q_norm"', "unknown key 'has_attn_q_norm'"),
+        ('attn_norm = ["hidden_size"]', 'attn_norm = ["has_ffn_norm"]', "roles.layer.attn_norm.shape: 'has_ffn_norm'"),
+        ('eps = "eps"', 'eps = "has_ffn_norm"', "norm.eps: 'has_ffn_norm': unknown key"),
+        (
+            "[norm]",
+            'has_beans = { key = "beans" }\n[norm]',
+            "hyperparameters.has_beans: 'has_beans' cannot name a hyperparameter",
+        ),
+        (
+            "[roles.global]",
+            '[roles.global]\nrope_factors_long = ["head_dim / 2"]',
+            "roles.global.rope_factors_long: the contract's settings give it no use",
+        ),
         (
             "[roles.layer]",
             '[roles.layer]\nattn_q_norm = ["head_dim"]',

@@ -1,4 +1,4 @@
-"""Families that later releases may bring: each is sayable in TOML, and runs as its papers say, with no core change."""
+"""Families, built in and as drafts: each is sayable in TOML, and runs as its papers say, with no core change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from attrs import field, frozen
 
-from mortice.arch_contracts.schema import Contract, parse_contract
+from mortice.arch_contracts.schema import Contract, builtin_contracts, parse_contract
 from mortice.core.model.validation import validate
 from mortice.core.plugin.interfaces import StepPart
 from tests.support.in_memory import SIZES, arrays_for, metadata_for, model_file, runtime_of
@@ -21,7 +21,13 @@ FOLDER = Path(__file__).parents[1] / "contracts" / "families"
 TOKENS = [3, 17, 5, 5, 39, 0, 22, 11, 8, 30, 2, 19]
 
 
+BUILT_IN = {contract.name: contract for contract in builtin_contracts()}
+
+
 def contract_of(name: str) -> Contract:
+    """A built-in contract, or a draft of a family that is not."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]
     path = FOLDER / f"{name}.toml"
     return parse_contract(path.read_text(encoding="utf-8"), path.name)
 
@@ -55,11 +61,24 @@ STABLELM = {
     "qk_norm": "per_head",
     "qk_norm_type": "layer",
 }
+LONGROPE = {
+    "rope": "halves",
+    "rope_dims": full_rope,
+    "rope_divisors": "rope_factors_short",
+    "fused_qkv": True,
+    "fused_gate_up": "ffn_up",
+}
+OLMO2 = {"pre_norm": False, "post_norm": True, "qk_norm": "per_row", "rope": "halves", "rope_dims": full_rope}
 GEMMA = {"pre_norm": True, "post_norm": True, "activation": "gelu_tanh", "rope": "halves", "rope_dims": full_rope}
 
 CASES = {
     "llama": Case(contract="llama", maths=LLAMA),
     "mistral": Case(contract="mistral", maths={**LLAMA, "window": sliding}, keys={"attention__sliding_window": 4}),
+    "mistral, temperature": Case(
+        contract="mistral",
+        maths={**LLAMA, "temperature": lambda position: 1 + 0.7 * math.log(1 + position // 4)},
+        keys={"attention__temperature_scale": 0.7, "rope__scaling__original_context_length": 4},
+    ),
     "phi3": Case(
         contract="phi3",
         maths={
@@ -70,10 +89,37 @@ CASES = {
             "fused_gate_up": "ffn_up",
         },
         keys={"attention__sliding_window": 4, "rope__dimension_count": 6},
+        leave_out=("rope_factors_short", "rope_factors_long"),
+    ),
+    "phi3, short": Case(contract="phi3", maths=LONGROPE, keys={"rope__scaling__original_context_length": 64}),
+    "phi3, long": Case(
+        contract="phi3",
+        maths={**LONGROPE, "rope_divisors": "rope_factors_long", "rope_magnitude": 1.25},
+        keys={"rope__scaling__original_context_length": 63, "rope__scaling__attn_factor": 1.25},
     ),
     "olmo2": Case(
         contract="olmo2",
-        maths={"pre_norm": False, "post_norm": True, "qk_norm": "per_row", "rope": "halves", "rope_dims": full_rope},
+        maths=OLMO2,
+    ),
+    "olmo3": Case(
+        contract="olmo2",
+        maths={
+            **OLMO2,
+            "layers": 4,
+            "window": lambda layer: 0 if layer == 3 else 4,
+            "rope_factor": lambda layer: 8.0 if layer == 3 else 1.0,
+        },
+        keys={
+            "block_count": 4,
+            "attention__sliding_window": 4,
+            "rope__scaling__type": "linear",
+            "rope__scaling__factor": 8.0,
+        },
+    ),
+    "olmo2, a pattern of its own": Case(
+        contract="olmo2",
+        maths={**OLMO2, "window": lambda layer: 4 if layer == 1 else 0},
+        keys={"attention__sliding_window": 4, "attention__sliding_window_pattern": [False, True]},
     ),
     "granite": Case(
         contract="granite",
@@ -86,11 +132,23 @@ CASES = {
         },
         keys={"embedding_scale": 3.0, "residual_scale": 0.25, "attention__scale": 0.11, "logit_scale": 7.0},
     ),
+    "granite, no positions, scales of 0": Case(
+        contract="granite",
+        maths={"logit_scale": 0.5},
+        keys={
+            "rope__scaling__finetuned": False,
+            "embedding_scale": 0.0,
+            "residual_scale": 0.0,
+            "attention__scale": 0.0,
+            "logit_scale": 2.0,
+        },
+        leave_out=("rope_freqs",),
+    ),
     "starcoder2": Case(
         contract="starcoder2", maths={**LAYER_NORM, **PLAIN_GELU, "rope": "halves", "rope_dims": full_rope}
     ),
     "stablelm, serial": Case(
-        contract="stablelm", maths=STABLELM, keys={"rope__dimension_count": 4, "use_parallel_residual": False}
+        contract="stablelm", maths=STABLELM, keys={"rope__dimension_count": 4, "use_parallel_residual": True}
     ),
     "stablelm, parallel": Case(
         contract="stablelm",
@@ -98,8 +156,18 @@ CASES = {
         keys={"rope__dimension_count": 4, "use_parallel_residual": True},
         leave_out=("attn_q_norm", "attn_k_norm", "ffn_norm", "ffn_norm_bias"),
     ),
-    "parallel with two norms": Case(
-        contract="stablelm", maths={**STABLELM, "parallel": True}, keys={"rope__dimension_count": 4}
+    "gptneox, two norms side by side": Case(
+        contract="gptneox",
+        maths={
+            **LAYER_NORM,
+            **PLAIN_GELU,
+            "rope": "halves",
+            "rope_dims": lambda layer: 4,
+            "parallel": True,
+            "fused_qkv": True,
+            "kv_heads": 4,
+        },
+        keys={"rope__dimension_count": 4, "attention__head_count_kv": None},
     ),
     "gemma2": Case(
         contract="gemma2",
@@ -172,15 +240,9 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def build(case: Case) -> tuple[Contract, dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
-    contract = builtin_llama() if case.contract == "llama" else contract_of(case.contract)
+    contract = contract_of(case.contract)
     metadata = metadata_for(contract, **case.keys)
     return contract, metadata, arrays_for(contract, metadata, leave_out=case.leave_out)
-
-
-def builtin_llama() -> Contract:
-    from mortice.arch_contracts.schema import builtin_contracts
-
-    return next(contract for contract in builtin_contracts() if contract.name == "llama")
 
 
 def family(case: Case) -> Family:
@@ -216,12 +278,34 @@ def test_a_file_without_one_of_its_weights_is_refused(case: Case) -> None:
     ]
 
 
-def test_phi3_refuses_longrope_factors() -> None:
-    case = CASES["phi3"]
-    contract, metadata, arrays = build(case)
-    arrays["rope_factors_long.weight"] = np.ones(3, np.float32)
-    findings = validate(model_file(metadata, arrays), contract).findings
-    assert [item.subject for item in findings.errors] == ["rope_factors_long.weight"]
+def test_one_of_longropes_two_tables_is_not_enough() -> None:
+    contract, metadata, arrays = build(CASES["phi3, long"])
+    del arrays["rope_factors_long.weight"]
+    (error,) = validate(model_file(metadata, arrays), contract).findings.errors
+    assert error.rule == "role.missing"
+    assert "only one of rope_factors_short and rope_factors_long" in str(error)
+
+
+def test_longrope_without_its_tables_is_refused() -> None:
+    contract, metadata, arrays = build(CASES["phi3"])
+    metadata["phi3.rope.scaling.type"] = "longrope"
+    (error,) = validate(model_file(metadata, arrays), contract).findings.errors
+    assert (error.rule, error.subject) == ("rope.scaling", "phi3.rope.scaling.type")
+    assert "rope_factors_short.weight and rope_factors_long.weight" in str(error)
+
+
+def test_a_norm_that_one_layer_lacks_is_no_parallel_block() -> None:
+    contract, metadata, arrays = build(CASES["stablelm, serial"])
+    del arrays["blk.1.ffn_norm.weight"], arrays["blk.1.ffn_norm.bias"]
+    (error,) = validate(model_file(metadata, arrays), contract).findings.errors
+    assert (error.rule, error.subject) == ("role.uneven", "blk.1.ffn_norm.weight")
+
+
+def test_a_window_pattern_that_is_no_list_of_layers_is_refused() -> None:
+    contract, metadata, arrays = build(CASES["olmo3"])
+    metadata["olmo2.attention.sliding_window_pattern"] = 4
+    (error,) = validate(model_file(metadata, arrays), contract).findings.errors
+    assert (error.rule, error.subject) == ("hyperparameter.type", "olmo2.attention.sliding_window_pattern")
 
 
 def test_gemma2_refuses_a_head_of_its_own() -> None:
@@ -233,4 +317,8 @@ def test_gemma2_refuses_a_head_of_its_own() -> None:
 
 def test_every_draft_is_run() -> None:
     drafts = {path.stem for path in FOLDER.glob("*.toml")}
-    assert drafts == {case.contract for case in CASES.values()} - {"llama"}
+    assert drafts == {case.contract for case in CASES.values()} - set(BUILT_IN)
+
+
+def test_every_family_that_is_built_in_is_run() -> None:
+    assert set(BUILT_IN) - {"qwen2", "qwen3"} <= {case.contract for case in CASES.values()}

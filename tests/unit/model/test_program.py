@@ -60,7 +60,7 @@ def test_q_passes_bias_then_norm_then_rope() -> None:
         operator = by_output[source.name]
         chain.append(operator.kind)
         source = operator.inputs[0]
-    assert chain == ["rope", "norm", "linear"]
+    assert chain == ["rope", "norm", "add_bias", "linear"]
     qwen = program_of("starcoder2")
     names = kinds(qwen, 0)
     assert names.index("attn_q") < names.index("attn_q_bias") < names.index("rope_q")
@@ -157,6 +157,25 @@ def test_linear_scaling_and_factors_divide() -> None:
     frequencies, magnitude = rope_frequencies(rope(8, scaling=RopeScaling(type="linear", factor=2.0)), factors)
     np.testing.assert_allclose(frequencies, [0.5, 0.05, 0.0025, 0.000125])
     assert magnitude == 1.0
+
+
+def test_a_table_serves_contexts_up_to_the_original_one_and_another_those_beyond() -> None:
+    ropes = [operator for operator in program_of("phi3, long").operators if isinstance(operator, Rope)]
+    assert {rope.layer for rope in ropes} == {0, 1}
+    for rope_of_layer in ropes:
+        chosen = [rope_of_layer.factors_for(context) for context in (1, 63, 64)]
+        tables = ["rope_factors_short.weight", "rope_factors_short.weight", "rope_factors_long.weight"]
+        assert [weight.tensor for weight in chosen if weight is not None] == tables
+        assert [weight.tensor for weight in rope_of_layer.weights] == sorted(set(tables), reverse=True)
+
+
+@pytest.mark.parametrize("multiplier", [0.0, 0.5, 1.0])
+def test_a_log_multiplier_takes_back_its_share_of_yarns_magnitude(multiplier: float) -> None:
+    scaling = RopeScaling(type="yarn", factor=16.0, original_context=4096, log_multiplier=multiplier)
+    _, magnitude = rope_frequencies(rope(scaling=scaling), None)
+    stretch = 0.1 * math.log(16.0)
+    assert magnitude == pytest.approx((1 + stretch) / (1 + multiplier * stretch))
+    assert (magnitude == 1.0) == (multiplier == 1.0)
 
 
 def test_yarn_keeps_fast_pairs_and_stretches_slow_ones() -> None:

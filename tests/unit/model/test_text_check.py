@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mortice.core.model.findings import Finding
-from mortice.core.model.text_check import template_findings, tokenizer_findings
+from mortice.core.model.template_check import template_findings
+from mortice.core.model.text_check import tokenizer_findings
 from mortice.core.model.types import ModelFile
 from mortice.core.stages import validate_file
 from mortice.core.testing.tiny_models import write_tiny_model
@@ -99,7 +100,10 @@ def test_a_template_that_does_not_compile_is_a_warning(source: object, said: str
 
 def test_a_good_template_and_none_have_no_findings() -> None:
     assert template_findings(model_file({}, {})) == []
-    good = "{% generation %}{% for m in messages %}{{ raise_exception('') }}{% break %}{% endfor %}{% endgeneration %}"
+    good = (
+        "{% generation %}{% for m in messages %}{% if not m.role %}{{ raise_exception('') }}{% break %}{% endif %}"
+        "{{ m.content }}{% endfor %}{% if add_generation_prompt %}:{% endif %}{% endgeneration %}"
+    )
     assert template_findings(model_file({"tokenizer.chat_template": good}, {})) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -239,9 +240,10 @@ def test_parts_that_are_not_the_whole_are_refused() -> None:
 
 
 def contract_text(name: str) -> str:
-    from tests.unit.model.test_families import FOLDER
+    from tests.unit.model.test_families import BUILT_IN, FOLDER
 
-    return (FOLDER / f"{name}.toml").read_text(encoding="utf-8")
+    folder = resources.files("mortice.arch_contracts") if name in BUILT_IN else FOLDER
+    return (folder / f"{name}.toml").read_text(encoding="utf-8")
 
 
 def test_a_fused_bias_is_not_split_within_a_block() -> None:
@@ -290,12 +292,12 @@ def test_norms_on_q_alone_are_refused() -> None:
 
 
 def test_a_parallel_family_needs_its_ffn_norm_where_a_file_is_serial() -> None:
-    contract = contract_of("stablelm")
+    contract = contract_of("gptneox")
     keys = {"rope__dimension_count": 4, "use_parallel_residual": False}
     metadata, arrays = good(contract, **keys)
     del arrays["blk.0.ffn_norm.weight"]
     found = errors(contract, metadata, arrays)
-    assert found[0].startswith("blk.0.ffn_norm.weight: missing; stablelm requires ffn_norm (norm.placement = 'pre')")
+    assert found[0].startswith("blk.0.ffn_norm.weight: missing; gptneox requires ffn_norm (norm.placement = 'pre')")
 
 
 def test_shapes_that_contradict_the_settings_are_the_contracts_fault() -> None:

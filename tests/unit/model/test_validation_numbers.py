@@ -93,6 +93,36 @@ def test_rope_factor_without_a_type_is_linear_scaling() -> None:
     assert (scaling.type, scaling.factor) == ("linear", 4.0)
 
 
+def test_an_attention_factor_holds_without_a_type_too() -> None:
+    metadata, arrays = good()
+    metadata["llama.rope.scaling.attn_factor"] = 1.25
+    scaling = validate(model_file(metadata, arrays), LLAMA).model().rope_scaling
+    assert scaling is not None
+    assert (scaling.type, scaling.factor, scaling.attn_factor) == ("linear", 1.0, 1.25)
+
+
+@pytest.mark.parametrize(("stated", "refused"), [(1.0, False), (0.1 * math.log(4.0) + 1.0, False), (1.3, True)])
+def test_yarns_magnitude_may_be_stated_but_not_changed(stated: float, refused: bool) -> None:
+    metadata, arrays = good()
+    metadata |= {
+        "llama.rope.scaling.type": "yarn",
+        "llama.rope.scaling.factor": 4.0,
+        "llama.rope.scaling.yarn_attn_factor": stated,
+    }
+    found = errors(LLAMA, metadata, arrays)
+    assert ["llama.rope.scaling.yarn_attn_factor: 1.3; only 1 and 1.13863" in line for line in found] == [
+        True
+    ] * refused
+
+
+@pytest.mark.parametrize("value", [-0.5, "1", math.nan])
+def test_a_log_multiplier_is_a_number_of_at_least_0(value: Any) -> None:
+    metadata, arrays = good()
+    metadata |= {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    metadata["llama.rope.scaling.yarn_log_multiplier"] = value
+    assert any("wanted a number of at least 0" in line for line in errors(LLAMA, metadata, arrays))
+
+
 def test_a_base_that_yarn_cannot_use_is_refused() -> None:
     metadata, arrays = good()
     metadata |= {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0, "llama.rope.freq_base": 1.0}
@@ -137,8 +167,7 @@ window = { key = "w", kind = "int", default = "layer * 4", per_layer = true }
 
 
 def per_layer_contract() -> Contract:
-    text = contract_text("mistral").replace("window = {", "unused = {").replace("[norm]", PER_LAYER + "[norm]", 1)
-    return parse_contract(text, "mistral.toml")
+    return parse_contract(contract_text("smollm3").replace("[norm]", PER_LAYER + "[norm]", 1), "smollm3.toml")
 
 
 def test_defaults_follow_their_inputs_from_layer_to_layer() -> None:
@@ -158,7 +187,7 @@ def test_defaults_follow_their_inputs_from_layer_to_layer() -> None:
 def test_heads_that_do_not_divide_are_found_in_the_layer_that_has_them() -> None:
     contract = per_layer_contract()
     metadata, arrays = good(contract)
-    metadata["mistral.attention.head_count_kv"] = np.array([2, 3], np.int32)
+    metadata["smollm3.attention.head_count_kv"] = np.array([2, 3], np.int32)
     assert any(
         "head_count_kv: 3 (layer 1); wanted a divisor of 4" in line for line in errors(contract, metadata, arrays)
     )

@@ -1,0 +1,64 @@
+"""Runs with mortice and this package installed; llama.cpp knows the family as ``phi3``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mortice_fused.plugin import mortice_arch_contracts
+from numpy.typing import NDArray
+
+import mortice
+from mortice.core.testing.contract_suite import ContractSuite
+from mortice.core.testing.llamacpp import LlamaCpp, difference, llamacpp_logits, under_architecture
+from mortice.core.testing.tiny_models import write_tiny_model
+
+(CONTRACT,) = mortice_arch_contracts()
+IDS = [7, 301, 12, 12, 450, 3, 77, 128] * 8
+VOCABULARY = 512  # of a tiny model
+
+
+class TestConformance(ContractSuite):
+    """Complete, consistent, every role used; the reference executor runs it, and llama.cpp agrees."""
+
+    contract = CONTRACT
+
+    @staticmethod
+    def oracle(path: Path, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        return llamacpp_logits(under_architecture(path, "phi3"), token_ids)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"tied": False, "sizes": {"num_heads": 8, "num_kv_heads": 1}},
+        {"sizes": {"hidden_size": 256, "rope_dim": 48}},
+    ],
+    ids=["tied", "untied", "part of a head"],
+)
+def test_log_probabilities_are_those_of_llamacpp(arguments: dict[str, Any], tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "model.gguf", CONTRACT, **arguments)
+    with LlamaCpp(under_architecture(path, "phi3")) as llama:
+        rows = [llama.after(IDS[: place + 1], VOCABULARY) for place in range(len(IDS))]
+    with mortice.load(path, executor="reference") as pipeline:
+        found = difference(rows, pipeline.logits(IDS))
+    assert found.mean <= 1e-3
+    assert found.worst <= 1e-2
+
+
+def test_a_file_without_a_fused_tensor_is_refused(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "model.gguf", CONTRACT)
+    other = (tmp_path / "model.gguf").read_bytes().replace(b"blk.1.attn_qkv", b"blk.1.attn_abc")
+    (tmp_path / "other.gguf").write_bytes(other)
+    found = [(item.rule, item.subject) for item in mortice.validate(tmp_path / "other.gguf").findings.errors]
+    assert found == [("role.missing", "blk.1.attn_qkv.weight"), ("tensor.unclaimed", "blk.1.attn_abc.weight")]
+
+
+def test_it_stands_beside_the_built_in_family(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "model.gguf", CONTRACT)
+    assert mortice.validate(path).contract.name == "fused"
+    assert mortice.validate(under_architecture(path, "phi3")).contract.name == "phi3"
