@@ -1,17 +1,24 @@
-"""``mortice plugins``: what is installed and what it gives."""
+"""``mortice plugins list`` and ``show``: what is installed and what it gives."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
 
 from mortice.core.cli.flags import ConfigFile, ConfigFlags, OutputFlags, PluginFlags, settings
 from mortice.core.cli.render import Screen, printable
+from mortice.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from mortice.core.plugin.manager import PluginRecord
     from mortice.core.plugin.registry import Registry
 
-__all__ = ["list_plugins"]
+__all__ = ["PluginName", "list_plugins", "record_of", "refusals", "show_plugin", "surveyed"]
+
+PluginName = Annotated[str, Parameter(help="A plugin, as `mortice plugins list` names it.")]
 
 
 def list_plugins(
@@ -20,49 +27,104 @@ def list_plugins(
     any_key: ConfigFlags | None = None,
     output: OutputFlags | None = None,
 ) -> int:
-    """List every plugin: what it gives, where it comes from, whether it takes part, how long importing it took.
+    """List every plugin: what it gives, its version and that of the hooks it was written for, how long importing took.
 
-    Broken plugins and conflicts are listed too; ``--strict-plugins`` makes them a refusal after the list.
+    Broken plugins and conflicts are listed too; the exit code is 2 when a broken one was asked for, or with
+    ``--strict-plugins``.
     """
-    from mortice.core.plugin.manager import PluginPolicy
-    from mortice.core.plugin.registry import survey
-
     output = output or OutputFlags()
     screen = Screen(json=output.json, quiet=output.quiet)
-    wanted = settings(config, plugins, any_key).config.plugins
-    registry = survey(PluginPolicy(allow=wanted.allow, block=wanted.block), prefer=wanted.prefer)
+    registry, strict = surveyed(config, plugins, any_key)
     found = [_describe(registry, record) for record in registry.manager.records.values()]
     screen.result(found)
     screen.table(
-        ("plugin", "from", "status", ">import", "gives"),
+        ("plugin", "from", "status", ">hooks", ">import", "gives"),
         [
             (
                 plugin["name"],
-                plugin["distribution"] or plugin["source"],
+                _origin(plugin),
                 plugin["status"],
+                _contract_version(plugin),
                 f"{plugin['import_ms']:.0f} ms",
                 printable(plugin["error"]) or printable(_gives_text(plugin)),
             )
             for plugin in found
         ],
     )
+    return refusals(registry, screen, strict=strict)
+
+
+def show_plugin(
+    name: PluginName,
+    /,
+    *,
+    config: ConfigFile = None,
+    plugins: PluginFlags | None = None,
+    any_key: ConfigFlags | None = None,
+    output: OutputFlags | None = None,
+) -> int:
+    """Show one plugin: every thing it gives with its details, its hooks, and where it conflicts with others."""
+    output = output or OutputFlags()
+    screen = Screen(json=output.json, quiet=output.quiet)
+    registry, _ = surveyed(config, plugins, any_key)
+    record = record_of(registry, name)
+    found = {**_describe(registry, record), "details": _details(registry, name), "file": _file(registry, name)}
+    screen.result(found)
+    for what, text in (
+        ("plugin", name),
+        ("from", _origin(found)),
+        ("version", found["version"] or "none"),
+        ("file", found["file"] or "not imported"),
+        ("status", f"{found['status']}: {found['error']}" if found["error"] else found["status"]),
+        ("hooks version", _contract_version(found)),
+        ("import", f"{found['import_ms']:.1f} ms"),
+        ("hooks", ", ".join(found["hooks"]) or "none"),
+    ):
+        screen.say(f"{what:<14}{printable(text)}")
+    if found["details"]:
+        screen.say()
+        rows = [(kind, key, text) for kind, things in found["details"].items() for key, text in things.items()]
+        screen.table(("kind", "key", "what"), [tuple(map(printable, row)) for row in rows])
+    for key, others in found["conflicts"].items():
+        screen.warn(f"conflict: {key} is given by {', '.join(others)} too")
+    return 2 if record.status == "failed" else 0
+
+
+def surveyed(config: ConfigFile, plugins: PluginFlags | None, any_key: ConfigFlags | None) -> tuple[Registry, bool]:
+    """All plugins, broken and conflicting ones included, and whether the config is strict."""
+    from mortice.core.plugin.manager import PluginPolicy
+    from mortice.core.plugin.registry import survey
+
+    wanted = settings(config, plugins, any_key).config.plugins
+    registry = survey(PluginPolicy(allow=wanted.allow, block=wanted.block), prefer=wanted.prefer)
+    return registry, wanted.strict
+
+
+def refusals(registry: Registry, screen: Screen, *, strict: bool) -> int:
+    """Say what a run with this config would be refused for; the exit code."""
     for conflict in registry.conflicts:
         screen.warn(printable(conflict.message))
-    return 2 if wanted.strict and (registry.conflicts or registry.manager.failed()) else 0
+    for refusal in registry.manager.refusals:
+        screen.warn(printable(str(refusal)))
+    refused = registry.manager.refusals or (strict and (registry.conflicts or registry.manager.failed()))
+    return 2 if refused else 0
+
+
+def record_of(registry: Registry, name: str) -> PluginRecord:
+    """A plugin's record; ConfigError names those there are."""
+    record = registry.manager.records.get(name)
+    if record is None:
+        raise ConfigError(f"plugins: no plugin {name!r}; have {', '.join(sorted(registry.manager.records))}")
+    return record
 
 
 def _describe(registry: Registry, record: PluginRecord) -> dict[str, Any]:
-    from mortice.core.plugin.hookspecs import HookSpecs
+    from mortice.core.plugin.hookspecs import CONTRACT_VERSION, HookSpecs
 
     hooks = [name for name in dir(HookSpecs) if name.startswith("mortice_") and registry.manager.has(record.name, name)]
     gives: dict[str, list[str]] = {
         kind: [key for key, provided in table.items() if provided.plugin == record.name]
-        for kind, table in (
-            ("contracts", registry.contracts),
-            ("qtypes", registry.qtypes),
-            ("uploads", registry.uploads),
-            ("executors", registry.executors),
-        )
+        for kind, table in _tables(registry).items()
     }
     if "mortice_open_model" in hooks:
         gives["loaders"] = [record.name]
@@ -70,6 +132,8 @@ def _describe(registry: Registry, record: PluginRecord) -> dict[str, Any]:
         "name": record.name,
         "source": record.source,
         "distribution": record.distribution,
+        "version": record.version,
+        "contract_version": CONTRACT_VERSION if record.source == "builtin" else record.contract_version,
         "status": record.status,
         "error": record.error,
         "import_ms": round(1000 * record.import_seconds, 3),
@@ -81,6 +145,59 @@ def _describe(registry: Registry, record: PluginRecord) -> dict[str, Any]:
             if record.name in conflict.plugins
         },
     }
+
+
+def _tables(registry: Registry) -> dict[str, Any]:
+    return {
+        "contracts": registry.contracts,
+        "qtypes": registry.qtypes,
+        "uploads": registry.uploads,
+        "executors": registry.executors,
+    }
+
+
+def _details(registry: Registry, plugin: str) -> dict[str, dict[str, str]]:
+    """What a plugin gives, by kind and key, each in a few words."""
+    texts: dict[str, Callable[[Any], str]] = {
+        "contracts": lambda value: f"{value.name}: {value.description or 'no description'}",
+        "qtypes": _qtype_text,
+        "uploads": lambda value: f"fills {value.device_kind} memory",
+        "executors": lambda value: f"uploads with {value.default_upload()}",
+    }
+    found = {
+        kind: {key: texts[kind](provided.value) for key, provided in table.items() if provided.plugin == plugin}
+        for kind, table in _tables(registry).items()
+    }
+    return {kind: things for kind, things in found.items() if things}
+
+
+def _qtype_text(value: Any) -> str:
+    qtype = value.qtype
+    parts = [f"id {qtype.id}", f"{qtype.block_elements} elements in {qtype.block_bytes} bytes"]
+    parts += [f"{qtype.bits_per_weight:.2f} bits a weight", "CUDA header" if value.traits else "reference only"]
+    return ", ".join([*parts, *(["quantises"] if value.quantize else [])])
+
+
+def _file(registry: Registry, plugin: str) -> str:
+    found = registry.manager.plugin(plugin)
+    if found is None:
+        return ""
+    try:
+        return inspect.getfile(found if inspect.ismodule(found) else type(found))
+    except (TypeError, OSError):
+        return ""
+
+
+def _origin(plugin: dict[str, Any]) -> str:
+    """The distribution with its version; a package's record has both already."""
+    if plugin["source"] == "builtin":
+        return f"{plugin['distribution']} {plugin['version']}"
+    return plugin["distribution"] or str(plugin["source"])
+
+
+def _contract_version(plugin: dict[str, Any]) -> str:
+    version = plugin["contract_version"]
+    return "not said" if version is None else str(version)
 
 
 def _gives_text(plugin: dict[str, Any]) -> str:

@@ -216,7 +216,7 @@ def model_faults(value: object) -> Iterator[str]:
             yield f"tensor {name!r} is a {type(view).__name__}, wanted a TensorView"
         elif view.name != name:
             yield f"tensor {name!r} stands under another name than its own, {view.name!r}"
-        elif view.data.dtype != np.uint8 or view.data.ndim != 1:
+        elif view.make is None and (view.data.dtype != np.uint8 or view.data.ndim != 1):
             yield f"tensor {name!r}: data is {view.data.dtype} {view.data.shape}, wanted uint8 in one dimension"
 
 

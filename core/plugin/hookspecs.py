@@ -84,8 +84,8 @@ class HookSpecs:
 
             @hookimpl
             def mortice_arch_contracts():
-                text = resources.files("my_package").joinpath("phi3.toml").read_text()
-                return [parse_contract(text, "phi3.toml")]
+                text = resources.files("my_package").joinpath("acme.toml").read_text()
+                return [parse_contract(text, "acme.toml")]
 
         """
 

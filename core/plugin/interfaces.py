@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -15,7 +15,7 @@ from mortice.core.model.program import Program
 from mortice.core.model.qtypes import QType
 from mortice.core.model.residency import Arena, BoundModel, ResidentWeights
 from mortice.core.model.types import DeviceInfo
-from mortice.core.model.weight_plan import Kernel
+from mortice.core.model.weight_plan import Kernel, WeightPlan
 from mortice.core.plugin.events import Event
 from mortice.core.text.generation import ChooseToken
 from mortice.core.text.params import GenerationParams, SamplingParams
@@ -23,12 +23,16 @@ from mortice.core.text.params import GenerationParams, SamplingParams
 __all__ = [
     "Emit",
     "Executor",
+    "Identified",
+    "Prepares",
     "QuantizationType",
     "Runtime",
     "RuntimeSettings",
     "StepPart",
     "TokenSequence",
     "Traceable",
+    "TriesTypes",
+    "TypeTrial",
     "UploadStrategy",
 ]
 
@@ -47,6 +51,9 @@ class QuantizationType:
         planes: how the blocks lie on the device, in the header's order: bytes of blocks, ``uint8`` of shape (blocks,
             bytes), to one array of shape (blocks, bytes) for each plane, the same bytes in all. A block of fewer than
             32 elements stands for as many as make 32.
+        quantize: the way back, ``float32`` of shape (rows, columns) to bytes of rows, for ``model.quantize``; left out
+            where there is none. What it takes in passing is to be small beside the rows. It raises FloatingPointError
+            for values that the type cannot hold.
 
     """
 
@@ -54,6 +61,9 @@ class QuantizationType:
     dequantize: Callable[[NDArray[np.uint8]], NDArray[np.float32]] = field(validator=validators.is_callable())
     traits: Path | None = field(default=None, validator=validators.optional(validators.instance_of(Path)))
     planes: Callable[[NDArray[np.uint8]], tuple[NDArray[np.uint8], ...]] | None = field(
+        default=None, validator=validators.optional(validators.is_callable())
+    )
+    quantize: Callable[[NDArray[np.float32]], NDArray[np.uint8]] | None = field(
         default=None, validator=validators.optional(validators.is_callable())
     )
 
@@ -99,7 +109,7 @@ class RuntimeSettings:
     context_length: int
     kv_type: str = "auto"
     activations: str = "auto"
-    step_tokens: int = 512
+    step_tokens: int = 2048
 
 
 class TokenSequence(Protocol):
@@ -210,6 +220,92 @@ class Traceable(Protocol):
             InputError: before any work, as `Runtime.step` does, and for more tokens than a step has.
 
         """
+        ...
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """An executor with work to do before there are weights; optional, the pipeline looks for it."""
+
+    def prepare(self, plan: WeightPlan, settings: RuntimeSettings) -> None:
+        """Do what needs no weights, such as compiling kernels; the next `Executor.open` of this plan makes use of it.
+
+        It comes before `Executor.allocate`, so that what fails here fails before anything is uploaded.
+
+        """
+        ...
+
+
+@frozen(eq=False, kw_only=True)
+class TypeTrial:
+    """What a quantisation type's device code made of a weight, beside what the host makes of it.
+
+    Attributes:
+        stored: the weight in the executor's layout, written by the host.
+        repacked: the same, written by the device code; None where the executor has none.
+        values: float32 of the weight's shape, from `stored`.
+        products: float32, shape (rows, columns / 32): of each 32 weights with their activations; None for a type whose
+            products are made of `values`.
+
+    """
+
+    stored: NDArray[np.uint8]
+    repacked: NDArray[np.uint8] | None
+    values: NDArray[np.float32]
+    products: NDArray[np.float32] | None
+
+
+@runtime_checkable
+class TriesTypes(Protocol):
+    """An executor that can try a type's device code by itself; optional, the conformance kit looks for it."""
+
+    def trial_shapes(self, type_: QuantizationType) -> Sequence[tuple[int, int]]:
+        """Shapes of weights, (rows, columns), that together see every way the layout has."""
+        ...
+
+    def compile_type(self, type_: QuantizationType, arch: str) -> Sequence[str]:
+        """Compile everything of a type for an architecture (``sm_90``); needs no device.
+
+        Returns:
+            What is wrong with it, such as spilled registers; empty when nothing is.
+
+        Raises:
+            DeviceError: when there is no compiler, or the code does not compile.
+
+        """
+        ...
+
+    def try_type(
+        self,
+        type_: QuantizationType,
+        rows: NDArray[np.uint8],
+        activations: NDArray[np.int8],
+        scales: NDArray[np.float32],
+        *,
+        on_device: bool,
+    ) -> TypeTrial:
+        """Run the device code of a type on a weight.
+
+        Args:
+            type_: which; it has traits.
+            rows: the weight as in a file, shape (rows, bytes of a row).
+            activations: int8, shape (columns,).
+            scales: of each 32 activations, shape (columns / 32,).
+            on_device: on the device; otherwise the same code on the host, as far as the executor can.
+
+        Raises:
+            DeviceError: when there is no device, or nothing here that runs device code on the host.
+
+        """
+        ...
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """A runtime that can say which code it runs; optional, the record of a run keeps it."""
+
+    def code_hashes(self) -> Mapping[str, str]:
+        """SHA-256 in hex of each piece of code by a name: of what is compiled, or of its source where nothing is."""
         ...
 
 

@@ -26,11 +26,13 @@ from attrs import define, field, frozen
 from mortice.core.errors import ConfigError, MorticeError, PluginError
 from mortice.core.plugin.conformance import describe, elements, hook_faults, naming
 from mortice.core.plugin.hookspecs import CONTRACT_VERSION, PROJECT, HookSpecs
+from mortice.core.version import __version__
 
-__all__ = ["BUILTIN_PLUGINS", "PluginManager", "PluginPolicy", "PluginRecord"]
+__all__ = ["BUILTIN_PLUGINS", "PluginManager", "PluginPolicy", "PluginRecord", "builtin_name"]
 
 BUILTIN_PLUGINS = (
     "mortice.plugins.loaders.gguf.plugin",
+    "mortice.plugins.loaders.safetensors.plugin",
     "mortice.plugins.archs",
     "mortice.plugins.qtypes",
     "mortice.plugins.uploads.device",
@@ -72,6 +74,8 @@ class PluginRecord:
         name: its name: the entry point's, or the module's last part for a built-in.
         source: where it came from.
         distribution: the installed package and its version, ``mortice`` for built-ins, empty for a given object.
+        version: of the package; of mortice for built-ins, empty for a given object.
+        contract_version: the version of the hooks it says it was written for; None where it does not say.
         status: whether it takes part.
         error: why not, in one line.
         import_seconds: what importing it took.
@@ -81,6 +85,8 @@ class PluginRecord:
     name: str
     source: Literal["builtin", "entry point", "given"]
     distribution: str
+    version: str = ""
+    contract_version: int | None = None
     status: Literal["active", "blocked", "failed"] = "active"
     error: str = ""
     import_seconds: float = 0.0
@@ -93,10 +99,20 @@ class PluginRecord:
 
 @define(eq=False)
 class PluginManager:
-    """Registers plugins and calls their hooks, remembering which plugin said what."""
+    """Registers plugins and calls their hooks, remembering which plugin said what.
+
+    Attributes:
+        policy: which plugins may take part.
+        lenient: keep in `refusals` what would otherwise be raised, to look at what there is.
+        records: what became of each plugin.
+        refusals: what a manager that is not lenient would have raised.
+
+    """
 
     policy: PluginPolicy = PluginPolicy()
+    lenient: bool = False
     records: dict[str, PluginRecord] = field(factory=dict, init=False)
+    refusals: list[MorticeError] = field(factory=list, init=False)
     _pm: pluggy.PluginManager = field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -104,8 +120,12 @@ class PluginManager:
         self._pm.add_hookspecs(HookSpecs)
 
     @classmethod
-    def create(cls, policy: PluginPolicy | None = None, given: Sequence[tuple[str, object]] = ()) -> PluginManager:
+    def create(
+        cls, policy: PluginPolicy | None = None, given: Sequence[tuple[str, object]] = (), *, lenient: bool = False
+    ) -> PluginManager:
         """A manager with the built-ins, the installed plugins the policy lets in, and `given` (name, plugin) pairs.
+
+        A lenient one keeps in `refusals` what is listed here.
 
         Raises:
             ConfigError: when the policy allows and blocks the same plugin.
@@ -113,9 +133,11 @@ class PluginManager:
                 or a given one is broken or has a name that is taken.
 
         """
-        manager = cls(policy or PluginPolicy())
+        manager = cls(policy or PluginPolicy(), lenient)
         for module in BUILTIN_PLUGINS:
-            record = PluginRecord(name=_builtin_name(module), source="builtin", distribution="mortice")
+            record = PluginRecord(
+                name=builtin_name(module), source="builtin", distribution="mortice", version=__version__
+            )
             manager._admit(record, partial(importlib.import_module, module))
         if manager.policy.entry_points:
             manager._admit_entry_points()
@@ -137,7 +159,9 @@ class PluginManager:
                 name = f"{name} of {distributions}"
             elif len(group) > 1:
                 load = partial(_refuse, f"each of them announces a plugin {name!r}; uninstall one")
-            self._admit(PluginRecord(name=name, source="entry point", distribution=distributions), load)
+            version = group[0].dist.version if len(group) == 1 and group[0].dist is not None else ""
+            record = PluginRecord(name=name, source="entry point", distribution=distributions, version=version)
+            self._admit(record, load)
 
     def _admit(self, record: PluginRecord, load: Callable[[], object]) -> None:
         name, policy = record.name, self.policy
@@ -165,8 +189,10 @@ class PluginManager:
         """Check a plugin and let it in, or raise and leave the manager as it was."""
         if inspect.isclass(plugin):
             plugin = plugin()
-        version = getattr(plugin, "mortice_contract_version", CONTRACT_VERSION)
-        if version != CONTRACT_VERSION:
+        version = getattr(plugin, "mortice_contract_version", None)
+        if name in self.records:
+            self.records[name].contract_version = version if isinstance(version, int) else None
+        if version not in (None, CONTRACT_VERSION):
             raise PluginError(f"written for hook contract {version!r}, this mortice has {CONTRACT_VERSION}")
         twin = self._pm.get_name(plugin)
         if twin is not None:
@@ -196,22 +222,29 @@ class PluginManager:
         if self._pm.has_plugin(plugin):
             self._pm.unregister(name=plugin)
         if wanted or record.source != "entry point" or plugin in self.policy.allow:
-            raise fault
+            self.refuse(fault)
+            return
         advice = f"--block-plugin {shlex.quote(plugin)} (plugins.block) leaves it out"
         if self.policy.strict:
             fault.add_note(advice)
-            raise fault
+            self.refuse(fault)
+            return
         _LOG.warning("%s is skipped: %s; %s", record.origin, reason, advice)
+
+    def refuse(self, fault: MorticeError) -> None:
+        """Raise `fault`, or keep it where the manager is lenient."""
+        if not self.lenient:
+            raise fault
+        self.refusals.append(fault)
 
     def _check_policy(self) -> None:
         installed = [record.name for record in self.records.values() if record.source != "builtin"]
         for name in self.policy.allow:
             if name in self.policy.block:
-                raise ConfigError(f"plugins.allow and plugins.block both name {name!r}")
+                self.refuse(ConfigError(f"plugins.allow and plugins.block both name {name!r}"))
             if name not in self.records:
-                raise PluginError(
-                    f"plugins.allow: no installed plugin {name!r}; installed are: {', '.join(installed) or 'none'}"
-                )
+                have = ", ".join(installed) or "none"
+                self.refuse(PluginError(f"plugins.allow: no installed plugin {name!r}; installed are: {have}"))
         for name in self.policy.block:
             if name not in self.records:
                 near = difflib.get_close_matches(name, self.records, 1)
@@ -226,6 +259,10 @@ class PluginManager:
         """Make whatever goes wrong inside name the plugin; see `conformance.naming`."""
         record = self.records[plugin]
         return naming(record.origin, doing, note=record.source != "builtin")
+
+    def plugin(self, name: str) -> object:
+        """An active plugin itself: a module or an object; None for any other name."""
+        return self._pm.get_plugin(name)
 
     def has(self, plugin: str, hook: str) -> bool:
         """Whether an active plugin implements a hook."""
@@ -297,7 +334,8 @@ class PluginManager:
         return caller.get_hookimpls()
 
 
-def _builtin_name(module: str) -> str:
+def builtin_name(module: str) -> str:
+    """The name of a built-in plugin: its module's last parts."""
     return module.removeprefix("mortice.plugins.").removesuffix(".plugin").replace(".", "-")
 
 

@@ -3,52 +3,30 @@
 from __future__ import annotations
 
 import difflib
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, redirect_stdout
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
-from attrs import define, evolve, field, frozen
+from attrs import define, evolve, field
 
 from mortice.arch_contracts.schema import Contract
-from mortice.core.errors import ConfigError, ModelFileError, MorticeError, PluginError, UnknownArchitectureError
+from mortice.core.errors import ConfigError, ModelFileError, PluginError, UnknownArchitectureError
 from mortice.core.model.findings import Finding
-from mortice.core.model.qtypes import QType, qtype_table
+from mortice.core.model.qtypes import QType
 from mortice.core.model.types import DeviceInfo, LoadOptions, ModelFile
 from mortice.core.model.weight_plan import Kernel
 from mortice.core.plugin import conformance
 from mortice.core.plugin.events import Event
 from mortice.core.plugin.interfaces import Emit, Executor, QuantizationType, UploadStrategy
 from mortice.core.plugin.manager import PluginManager, PluginPolicy
+from mortice.core.plugin.resolution import Conflict, Provided, conflict_of, resolve
+from mortice.core.text_file import beginning
 
 __all__ = ["Conflict", "Provided", "Registry", "make_registry", "survey"]
 
 T = TypeVar("T")
-
-
-@frozen(eq=False)
-class Provided(Generic[T]):
-    """Something and the plugin that gave it."""
-
-    value: T
-    plugin: str
-
-
-@frozen
-class Conflict:
-    """A key that several plugins give and no preference decides.
-
-    Attributes:
-        key: ``qtype:Q4_K``, or ``tensor type id 200``.
-        plugins: who gives it.
-        message: who they are and how to decide.
-
-    """
-
-    key: str
-    plugins: tuple[str, ...]
-    message: str
+_OPEN = "mortice_open_model"
 
 
 @define(eq=False)
@@ -89,6 +67,17 @@ class Registry:
             PluginError: when two loaders take it, or one fails.
 
         """
+        opened = self.try_open_model(path)
+        if opened is None:
+            loaders = ", ".join(plugin for plugin in self.manager.records if self.manager.has(plugin, _OPEN))
+            found = beginning(path)
+            raise ModelFileError(
+                path, f"no loader takes it; asked: {loaders or 'none'}{self.manager.absent()}{found and f'; {found}'}"
+            )
+        return opened
+
+    def try_open_model(self, path: Path) -> ModelFile | None:
+        """Like `open_model`, but None for what no loader takes: a folder also holds files that are no models."""
         try:
             path.stat()
         except FileNotFoundError:
@@ -99,28 +88,22 @@ class Registry:
         choice = self.prefer.get(key)
         opened = self._opened(path, choice) if choice else []
         opened = opened or self._opened(path)
-        if len(opened) == 1:
-            return opened[0]
-        for model in opened:
-            model.close()
-        if not opened:
-            asked = ", ".join(
-                plugin for plugin in self.manager.records if self.manager.has(plugin, "mortice_open_model")
-            )
-            raise ModelFileError(path, f"no loader takes it; asked: {asked or 'none'}{self.manager.absent()}")
-        raise PluginError(f"{path}: {_conflict(self.manager, key, [model.loader for model in opened]).message}")
+        if len(opened) > 1:
+            for model in opened:
+                model.close()
+            raise PluginError(f"{path}: {conflict_of(self.manager, key, [model.loader for model in opened]).message}")
+        return opened[0] if opened else None
 
     def _opened(self, path: Path, only: str | None = None) -> list[ModelFile]:
         """The file as every loader that takes it sees it; when one fails, none stays open."""
         opened: list[ModelFile] = []
-        hook = "mortice_open_model"
         try:
             options = LoadOptions(qtypes=self.qtype_table)
-            for plugin, model in self.manager.call(hook, only=only, path=path, options=options):
+            for plugin, model in self.manager.call(_OPEN, only=only, path=path, options=options):
                 if model is not None:
                     if isinstance(model, ModelFile):
                         opened.append(model)
-                    self.manager.require(plugin, hook, conformance.model_faults(model))
+                    self.manager.require(plugin, _OPEN, conformance.model_faults(model))
                     model.loader = plugin
         except BaseException:
             for model in opened:
@@ -178,7 +161,7 @@ class Registry:
                 preferred += by_plugin[choice]
             elif pair not in served:
                 if len(by_plugin) > 1:
-                    raise PluginError(_conflict(self.manager, key, list(by_plugin)).message)
+                    raise PluginError(conflict_of(self.manager, key, list(by_plugin)).message)
                 added += next(iter(by_plugin.values()))
         return preferred + own + added
 
@@ -221,23 +204,6 @@ class Registry:
         return lambda event: self.emit(evolve(event, plugin=plugin))
 
 
-@frozen
-class _Kind:
-    """A kind of thing that the registry keeps by key."""
-
-    name: str
-    hook: str
-    faults: Callable[[object], Iterator[str]]
-    keys: Callable[[Any], Iterable[str]]
-
-
-_CONTRACT = _Kind("contract", "mortice_arch_contracts", conformance.contract_faults, lambda value: value.architectures)
-_QTYPE = _Kind("qtype", "mortice_qtypes", conformance.qtype_faults, lambda value: (value.qtype.name,))
-_UPLOAD = _Kind("upload", "mortice_upload_strategies", conformance.upload_faults, lambda value: (value.name,))
-_EXECUTOR = _Kind("executor", "mortice_executors", conformance.executor_faults, lambda value: (value.name,))
-_KINDS = (_CONTRACT, _QTYPE, _UPLOAD, _EXECUTOR)
-
-
 def make_registry(
     policy: PluginPolicy | None = None,
     *,
@@ -259,7 +225,7 @@ def make_registry(
             `prefer` does not decide, naming both plugins and their distributions.
 
     """
-    registry = survey(policy, prefer=prefer, given=given)
+    registry = _registry(PluginManager.create(policy, tuple(given)), prefer)
     if registry.conflicts:
         first, *others = registry.conflicts
         more = f" (and {len(others)} more conflicts, which `mortice plugins list` shows)" if others else ""
@@ -273,127 +239,22 @@ def survey(
     prefer: Mapping[str, str] | None = None,
     given: Iterable[tuple[str, object]] = (),
 ) -> Registry:
-    """Like `make_registry`, but conflicts are kept in the registry instead of raised: good to look at, not to run."""
-    manager = PluginManager.create(policy, tuple(given))
-    chosen = dict(prefer or {})
-    _check_preferences(chosen, manager)
-    offers = _offers(manager, wanted=set(chosen.values()))
-    conflicts: list[Conflict] = []
-    contracts, qtypes, uploads, executors = (
-        _decide(manager, kind, offers[kind.name], chosen, conflicts) for kind in _KINDS
-    )
-    qtypes = {name: _checked(manager, provided) for name, provided in qtypes.items()}
+    """Like `make_registry`, but what that would raise is kept: good to look at, not to run.
+
+    Conflicts are in ``conflicts``, everything else in ``manager.refusals``.
+    """
+    return _registry(PluginManager.create(policy, tuple(given), lenient=True), prefer)
+
+
+def _registry(manager: PluginManager, prefer: Mapping[str, str] | None) -> Registry:
+    found = resolve(manager, prefer or {})
     return Registry(
         manager=manager,
-        contracts=contracts,
-        qtypes=qtypes,
-        uploads=uploads,
-        executors=executors,
-        qtype_table=_ids(manager, qtypes, conflicts),
-        prefer=chosen,
-        conflicts=tuple(conflicts),
+        contracts=found.contracts,
+        qtypes=found.qtypes,
+        uploads=found.uploads,
+        executors=found.executors,
+        qtype_table=found.qtype_table,
+        prefer=dict(prefer or {}),
+        conflicts=found.conflicts,
     )
-
-
-def _check_preferences(prefer: Mapping[str, str], manager: PluginManager) -> None:
-    hooks = {kind.name: kind.hook for kind in _KINDS} | {"loader": "mortice_open_model", "kernel": "mortice_kernels"}
-    for key, plugin in prefer.items():
-        kind, _, rest = key.partition(":")
-        if kind not in hooks or not rest or (kind == "kernel" and rest.count(":") != 1):
-            forms = ", ".join(f"{name}:{'OPERATOR:QTYPE' if name == 'kernel' else 'KEY'}" for name in hooks)
-            raise ConfigError(f"plugins.prefer: {key!r}: wanted one of {forms}")
-        record = manager.records.get(plugin)
-        if record is None:
-            have = ", ".join(sorted(manager.records))
-            raise ConfigError(f"plugins.prefer: {key!r}: no plugin {plugin!r}; have {have}")
-        if record.status != "active":
-            raise PluginError(f"plugins.prefer: {key!r}: {record.origin} is {record.status}: {record.error}")
-        if not manager.has(plugin, hooks[kind]):
-            raise ConfigError(f"plugins.prefer: {key!r}: {record.origin} has no {hooks[kind]}")
-
-
-_Offers = dict[str, dict[str, Any]]
-"""Of one kind: key -> plugin -> what it gives."""
-
-
-def _offers(manager: PluginManager, wanted: set[str]) -> dict[str, _Offers]:
-    """What plugins give, by kind; an installed one with a fault in any of it takes no part, unless it is `wanted`."""
-    offers: dict[str, _Offers] = {kind.name: {} for kind in _KINDS}
-    for plugin in manager.records:
-        own: list[tuple[_Kind, dict[str, Any]]] = []
-        for kind in _KINDS:
-            try:
-                with redirect_stdout(sys.stderr):  # a hook may be what imports the rest of its package
-                    own.append((kind, _given(manager, kind, plugin)))
-            except MorticeError as fault:
-                reason = conformance.describe(fault).removeprefix(f"{manager.origin(plugin)}: {kind.hook}: ")
-                manager.exclude(plugin, f"{kind.hook}: {reason}", fault, wanted=plugin in wanted)
-                break
-        else:
-            for kind, things in own:
-                for key, value in things.items():
-                    offers[kind.name].setdefault(key, {})[plugin] = value
-    return offers
-
-
-def _given(manager: PluginManager, kind: _Kind, plugin: str) -> dict[str, Any]:
-    """What a plugin gives of a kind, by key."""
-    things: dict[str, Any] = {}
-    for _, value in manager.gather(kind.hook, kind.faults, only=plugin):
-        for key in kind.keys(value):
-            if key in things:
-                raise PluginError(f"{manager.origin(plugin)}: {kind.hook}: gives {kind.name} {key!r} twice")
-            things[key] = value
-    return things
-
-
-def _decide(
-    manager: PluginManager, kind: _Kind, offers: _Offers, prefer: Mapping[str, str], conflicts: list[Conflict]
-) -> dict[str, Provided[Any]]:
-    """Who serves each key; what `prefer` leaves open is added to `conflicts` and served by nobody."""
-    for key, choice in prefer.items():
-        name, _, wanted = key.partition(":")
-        if name == kind.name and choice not in offers.get(wanted, {}):
-            have = " and ".join(map(manager.origin, offers.get(wanted, {}))) or "no plugin"
-            raise ConfigError(f"plugins.prefer: {key!r}: {manager.origin(choice)} does not give it, {have} does")
-    found: dict[str, Provided[Any]] = {}
-    for key, by_plugin in offers.items():
-        full = f"{kind.name}:{key}"
-        if len(by_plugin) > 1 and full not in prefer:
-            conflicts.append(_conflict(manager, full, list(by_plugin)))
-            continue
-        plugin = prefer.get(full) or next(iter(by_plugin))
-        found[key] = Provided(by_plugin[plugin], plugin)
-    return found
-
-
-_BLOCK_ONE = "block one: --block-plugin NAME (plugins.block)"
-
-
-def _conflict(manager: PluginManager, key: str, plugins: list[str]) -> Conflict:
-    origins = " and by ".join(map(manager.origin, plugins))
-    choices = " or ".join(f'"{plugin}"' for plugin in plugins)
-    message = f'{key} is given by {origins}; choose one in the config: [plugins.prefer] "{key}" = {choices}'
-    return Conflict(key, tuple(plugins), f"{message}; or {_BLOCK_ONE}")
-
-
-def _checked(manager: PluginManager, provided: Provided[QuantizationType]) -> Provided[QuantizationType]:
-    value = provided.value
-    checked = conformance.CheckedDequantize(manager.origin(provided.plugin), value.qtype, value.dequantize)
-    return Provided(evolve(value, dequantize=checked), provided.plugin)
-
-
-def _ids(
-    manager: PluginManager, qtypes: Mapping[str, Provided[QuantizationType]], conflicts: list[Conflict]
-) -> Mapping[int, QType]:
-    """The table of tensor types; an id that is used for two types is added to `conflicts`."""
-    by_id: dict[int, Provided[QuantizationType]] = {}
-    for provided in qtypes.values():
-        qtype = provided.value.qtype
-        other = by_id.setdefault(qtype.id, provided)
-        if other is not provided:
-            key = f"tensor type id {qtype.id}"
-            first, second = (f"{manager.origin(it.plugin)} for {it.value.qtype.name}" for it in (other, provided))
-            message = f"{key} is used by {first} and by {second}; {_BLOCK_ONE}"
-            conflicts.append(Conflict(key, (other.plugin, provided.plugin), message))
-    return qtype_table(provided.value.qtype for provided in by_id.values())

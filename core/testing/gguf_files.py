@@ -40,6 +40,11 @@ class TensorData:
         data = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint8)
         return cls(name, values.shape, F32, data)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return self.data.nbytes
+
     def view(self, path: Path) -> TensorView:
         """The tensor as a loader would show it; its offset is 0, since it has no place in a file yet."""
         data = self.data.view()
@@ -48,7 +53,7 @@ class TensorData:
 
 
 def write_gguf(
-    path: Path, architecture: str, metadata: Mapping[str, MetadataValue], tensors: Iterable[TensorData]
+    path: Path, architecture: str, metadata: Mapping[str, MetadataValue], tensors: Iterable[TensorData | TensorView]
 ) -> Path:
     """Write a little-endian GGUF v3 file, `tensors` in their order.
 
@@ -68,7 +73,7 @@ def write_gguf(
             tensor.name,
             tensor.shape,
             np.dtype(np.float32),
-            tensor.data.nbytes,
+            tensor.nbytes,
             raw_dtype=tensor.qtype.id,  # type: ignore[arg-type]  # any id; it is only written
         )
     try:

@@ -42,6 +42,9 @@ DEFAULT_SIZES: Mapping[str, float] = {
 # of logits comes from the head, or from the embedding where it serves as the head.
 _GAINS = {"attn_q": 1.5, "attn_k": 1.5, "attn_qkv": 1.5, "token_embd": 3.0, "output": 3.0}
 
+# They grow from 1 to these: as Llama 3.1's, and so that the two tables of LongRoPE differ.
+_ROPE_FACTORS = {"rope_freqs": 8.0, "rope_factors_short": 1.5, "rope_factors_long": 8.0}
+
 Number = bool | int | float
 _BY_NAME = {qtype.name: qtype for qtype in GGML_TYPES.values()}
 
@@ -219,7 +222,8 @@ class _Draft:
         return numbers
 
     def qtype(self, slot: _Slot) -> QType:
-        default = self.qtypes.get("default", "F32") if len(slot.shape) > 1 else "F32"
+        is_matrix = len(slot.shape) > 1 and not slot.key.endswith("_norm")
+        default = self.qtypes.get("default", "F32") if is_matrix else "F32"
         found = self.qtypes.get(slot.key, default)
         if isinstance(found, QType):
             return found
@@ -230,11 +234,12 @@ class _Draft:
     def values(self, slot: _Slot, rng: np.random.Generator) -> NDArray[np.float32]:
         gain = self.gains.get(slot.key, 1.0)
         noise = rng.standard_normal(slot.shape, np.float32)
-        if slot.key == "rope_freqs":  # Llama 3.1's grow from 1 to 8
-            values = np.linspace(1.0, 8.0, math.prod(slot.shape), dtype=np.float32).reshape(slot.shape)
+        if slot.key in _ROPE_FACTORS:
+            last = _ROPE_FACTORS[slot.key]
+            values = np.linspace(1.0, last, math.prod(slot.shape), dtype=np.float32).reshape(slot.shape)
         elif slot.key.endswith("_bias"):
             values = np.float32(0.1) * noise
-        elif len(slot.shape) == 1:  # a norm
+        elif slot.key.endswith("_norm"):
             values = np.clip(1 + np.float32(0.25) * noise, 0.25, 2.0)
         else:
             values = noise * np.float32(_GAINS.get(slot.key, 1.0) / math.sqrt(slot.shape[-1]))

@@ -24,18 +24,26 @@ def packages_without_mortice(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def new_venv(tmp_path: Path, packages_without_mortice: Path) -> Callable[[str], Path]:
+@pytest.fixture(scope="session")
+def make_venv(packages_without_mortice: Path) -> Callable[[Path], Path]:
     """Give a function that makes a virtual environment with all packages but mortice; returns its Python."""
 
-    def make(name: str) -> Path:
-        venv = tmp_path / name
-        run([sys.executable, "-m", "venv", "--without-pip", venv], cwd=tmp_path)
+    def make(venv: Path) -> Path:
+        run([sys.executable, "-m", "venv", "--without-pip", venv], cwd=venv.parent)
         site_packages = next(venv.glob("lib/python*/site-packages"))
         (site_packages / "others.pth").write_text(f"{packages_without_mortice}\n")
+        nvidia = packages_without_mortice / "nvidia"
+        if nvidia.exists():  # cuda-python looks for NVRTC in site-packages itself
+            (site_packages / nvidia.name).symlink_to(nvidia)
         return venv / "bin" / "python"
 
     return make
+
+
+@pytest.fixture
+def new_venv(tmp_path: Path, make_venv: Callable[[Path], Path]) -> Callable[[str], Path]:
+    """`make_venv` for an environment of a given name in the test's own folder."""
+    return lambda name: make_venv(tmp_path / name)
 
 
 @pytest.fixture(scope="session")

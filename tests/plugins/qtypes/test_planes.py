@@ -53,11 +53,6 @@ def restored(type_: QuantizationType, tiles: NDArray[np.uint8], rows: int, colum
     return grid.transpose(0, 2, 1, 3).reshape(rows, -1)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_planes_keep_every_bit_of_a_block_once(name: str) -> None:
-    assert sorted(places(name)) == list(range(len(places(name))))
-
-
 @settings(deadline=None, max_examples=60)
 @given(data=st.data(), name=st.sampled_from(NAMES), rows=st.integers(1, 24), seed=st.integers(0, 2**32 - 1))
 def test_tiles_give_the_rows_back(data: st.DataObject, name: str, rows: int, seed: int) -> None:

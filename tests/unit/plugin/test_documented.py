@@ -109,7 +109,7 @@ def registry_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     package.mkdir()
     (package / "__init__.py").write_text("")
     text = resources.files("mortice.arch_contracts").joinpath("llama.toml").read_text(encoding="utf-8")
-    (package / "phi3.toml").write_text(text.replace('"llama"', '"phi3"'))
+    (package / "acme.toml").write_text(text.replace('"llama"', '"acme"'))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_package", raising=False)
 
@@ -148,7 +148,7 @@ def test_the_example_of_open_model(registry_of: Any, tmp_path: Path) -> None:
 
 
 def test_the_example_of_arch_contracts(registry_of: Any) -> None:
-    assert registry_of("mortice_arch_contracts").contracts["phi3"].plugin == "mine"
+    assert registry_of("mortice_arch_contracts").contracts["acme"].plugin == "mine"
 
 
 def test_the_example_of_qtypes(registry_of: Any) -> None:

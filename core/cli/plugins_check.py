@@ -1,0 +1,84 @@
+"""``mortice plugins check``: holds a plugin against the conformance suites that apply to what it gives."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from mortice.core.cli.flags import ConfigFile, ConfigFlags, OutputFlags, PluginFlags
+from mortice.core.cli.plugins import PluginName, record_of, surveyed
+from mortice.core.cli.render import Screen, printable
+from mortice.core.errors import ConfigError
+
+__all__ = ["check_plugin"]
+
+
+def check_plugin(
+    name: PluginName,
+    /,
+    *,
+    sample: Annotated[
+        Path | None, Parameter(help="A good file of the format, for a loader; copies of it are damaged.")
+    ] = None,
+    config: ConfigFile = None,
+    plugins: PluginFlags | None = None,
+    any_key: ConfigFlags | None = None,
+    output: OutputFlags | None = None,
+) -> int:
+    """Check that what a plugin gives keeps its promises: the suites of mortice.core.testing, without pytest.
+
+    The exit code is 2 when a check fails. What cannot be checked here (no GPU, no compiler, no sample) is said.
+    """
+    output = output or OutputFlags()
+    screen = Screen(json=output.json, quiet=output.quiet)
+    if sample is not None and not sample.exists():
+        raise ConfigError(f"--sample: {sample}: no such file or folder")
+    registry, _ = surveyed(config, plugins, any_key)
+    record = record_of(registry, name)
+    if record.status != "active":
+        found: list[dict[str, Any]] = [
+            {"about": "plugin", "check": "it takes part", "status": "failed", "message": record.error, "seconds": 0.0}
+        ]
+    else:
+        found = _checked(registry, name, sample, screen)
+    counts = Counter(check["status"] for check in found)
+    screen.result({"plugin": name, "passed": not counts["failed"], "checks": found})
+    for status in ("skipped", "failed"):
+        for line in _lines([check for check in found if check["status"] == status]):
+            screen.say(f"{status}: {line}")
+    screen.say(f"{name}: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
+    return 2 if counts["failed"] else 0
+
+
+def _checked(registry: Any, name: str, sample: Path | None, screen: Screen) -> list[dict[str, Any]]:
+    from mortice.core.testing.plugin_suite import suites_of
+    from mortice.core.testing.suite import outcomes
+
+    found: list[dict[str, Any]] = []
+    for about, suite in suites_of(registry, name, sample):
+        screen.note(f"checking {about}")
+        found += [
+            {
+                "about": about,
+                "check": outcome.check,
+                "status": outcome.status,
+                "message": outcome.message,
+                "seconds": round(outcome.seconds, 3),
+            }
+            for outcome in outcomes(suite)
+        ]
+    return found
+
+
+def _lines(checks: list[dict[str, Any]]) -> list[str]:
+    """One line for each message of a thing: what several checks say is said once."""
+    together: dict[tuple[str, str], list[str]] = {}
+    for check in checks:
+        together.setdefault((check["about"], check["message"]), []).append(check["check"])
+    return [
+        printable(f"{about}: {names[0]}" + (f" (and {len(names) - 1} more)" if len(names) > 1 else "") + f": {message}")
+        for (about, message), names in together.items()
+    ]

@@ -1,0 +1,221 @@
+"""`mortice plugins list`, `show`, `check` and `new`, in this process."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mortice.core.cli.main import main
+from mortice.core.errors import ConfigError
+from mortice.core.scaffold.package import KINDS, names_for, write_package
+from tests.support.registry import install
+
+Run = Callable[..., tuple[int, str, str]]
+
+GOOD = """
+from mortice.core.model.qtypes import QType
+from mortice.core.plugin.hookspecs import hookimpl
+from mortice.core.plugin.interfaces import QuantizationType
+mortice_contract_version = 1
+def dequantize(rows):
+    return {values}
+@hookimpl
+def mortice_qtypes():
+    return [QuantizationType(qtype=QType(1900, "ACME", 1, 4), dequantize=dequantize)]
+"""
+RIGHT = GOOD.format(values="rows.copy().view('<f4').reshape(len(rows), rows.shape[1] // 4)")
+WRONG = GOOD.format(values="rows.copy().view('<f4').reshape(len(rows), rows.shape[1] // 4) * len(rows)")
+
+
+@pytest.fixture
+def plugins(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Call ``mortice plugins``; gives exit code, standard output and standard error."""
+    for name in [name for name in os.environ if name.startswith("MORTICE_")]:
+        monkeypatch.delenv(name)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO())
+        capsys.readouterr()
+        code = main(["plugins", *map(str, arguments)])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """Install a plugin `acme` of a text."""
+
+    def put(source: str) -> str:
+        folder = tmp_path / "packages"
+        folder.mkdir()
+        install(folder, "acme-for-commands", {"acme": "acme_for_commands"}, source)
+        monkeypatch.syspath_prepend(folder)
+        return "acme"
+
+    yield put
+    sys.modules.pop("acme_for_commands", None)
+
+
+# list -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_list_tells_versions_and_time(plugins: Run, installed: Callable[[str], str]) -> None:
+    installed(RIGHT)
+    code, out, _ = plugins("list", "--json")
+    found = {plugin["name"]: plugin for plugin in json.loads(out)}
+    assert code == 0
+    assert (found["acme"]["version"], found["acme"]["contract_version"]) == ("1.0", 1)
+    assert found["acme"]["import_ms"] > 0
+    assert found["qtypes"]["version"]
+    line = next(line for line in plugins("list")[1].splitlines() if line.startswith("acme "))
+    assert line.split()[:4] == ["acme", "acme-for-commands", "1.0", "active"]
+
+
+def test_a_plugin_that_names_no_version_of_the_hooks_is_shown_so(plugins: Run, installed: Callable[[str], str]) -> None:
+    installed(RIGHT.replace("mortice_contract_version = 1", ""))
+    found = {plugin["name"]: plugin for plugin in json.loads(plugins("list", "--json")[1])}
+    assert found["acme"]["contract_version"] is None
+    assert "not said" in plugins("list")[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--allow-plugin", "acme"], "plugin acme (acme-for-commands 1.0): RuntimeError: out of anvils"),
+        (["--prefer", "qtype:Q4_K=acme"], "'qtype:Q4_K': plugin acme (acme-for-commands 1.0) is failed: RuntimeError"),
+        (["--prefer", "qtype:Q4_K=nobody"], "no plugin 'nobody'"),
+        (["--prefer", "qtype:Q4_K=loaders-gguf"], "has no mortice_qtypes"),
+        (["--allow-plugin", "nobody"], "no installed plugin 'nobody'"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_is_said_after_the_list(
+    plugins: Run, installed: Callable[[str], str], flags: list[str], words: str
+) -> None:
+    installed("raise RuntimeError('out of anvils')")
+    code, out, err = plugins("list", *flags)
+    assert code == 2
+    assert words in err
+    assert any(line.startswith("qtypes ") and "Q4_K" in line for line in out.splitlines())
+    assert any(line.startswith("acme ") for line in out.splitlines())
+    assert json.loads(plugins("list", "--json", *flags)[1])
+
+
+# show -------------------------------------------------------------------------------------------------------------
+
+
+def test_show_tells_what_each_thing_is(plugins: Run, installed: Callable[[str], str]) -> None:
+    installed(RIGHT)
+    code, out, _ = plugins("show", "acme")
+    assert code == 0
+    assert "acme-for-commands 1.0" in out
+    assert "acme_for_commands.py" in out
+    assert "id 1900, 1 elements in 4 bytes, 32.00 bits a weight, reference only" in out
+    details = json.loads(plugins("show", "qtypes", "--json")[1])["details"]
+    assert "CUDA header" in details["qtypes"]["Q4_K"]
+
+
+def test_show_of_a_broken_plugin_says_why_and_fails(plugins: Run, installed: Callable[[str], str]) -> None:
+    installed("raise RuntimeError('out of anvils')")
+    code, out, _ = plugins("show", "acme")
+    assert code == 2
+    assert "failed: RuntimeError: out of anvils" in out
+
+
+def test_show_and_check_of_nobody_name_those_there_are(plugins: Run) -> None:
+    for command in ("show", "check"):
+        code, _, err = plugins(command, "nobody")
+        assert code == 2
+        assert "no plugin 'nobody'; have archs" in err
+
+
+# check ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_right_plugin_passes_its_checks(plugins: Run, installed: Callable[[str], str]) -> None:
+    installed(RIGHT)
+    code, out, _ = plugins("check", "acme")
+    assert code == 0, out
+    assert "0 failed" in out.splitlines()[-1]
+    assert "skipped: qtype ACME: " in out
+
+
+def test_a_wrong_plugin_fails_the_check_that_is_for_it(plugins: Run, installed: Callable[[str], str]) -> None:
+    installed(WRONG)
+    code, out, _ = plugins("check", "acme")
+    assert code == 2
+    failed = [line for line in out.splitlines() if line.startswith("failed: ")]
+    assert "failed: qtype ACME: a block means the same wherever it stands" in failed[0]
+    code, out, _ = plugins("check", "acme", "--json")
+    report = json.loads(out)
+    assert (code, report["passed"]) == (2, False)
+    assert {check["status"] for check in report["checks"]} == {"passed", "failed", "skipped"}
+
+
+def test_a_plugin_that_is_broken_fails_its_check(plugins: Run, installed: Callable[[str], str]) -> None:
+    installed("raise RuntimeError('out of anvils')")
+    code, out, _ = plugins("check", "acme")
+    assert code == 2
+    assert "failed: plugin: it takes part: RuntimeError: out of anvils" in out
+
+
+def test_a_loader_is_checked_with_a_sample(plugins: Run, tmp_path: Path) -> None:
+    code, out, _ = plugins("check", "loaders-gguf")
+    assert code == 0, out
+    assert "there is no sample" in out
+    code, _, err = plugins("check", "loaders-gguf", "--sample", tmp_path / "none.gguf")
+    assert code == 2
+    assert "no such file" in err
+
+
+# new --------------------------------------------------------------------------------------------------------------
+
+
+def test_new_writes_a_package_and_never_over_another(plugins: Run, tmp_path: Path) -> None:
+    for kind in KINDS:
+        code, out, _ = plugins("new", f"acme-{kind}", "--kind", kind, "--folder", tmp_path)
+        assert code == 0
+        assert (tmp_path / f"acme-{kind}" / "src" / f"acme_{kind}" / "plugin.py").is_file()
+        assert "tests/test_plugin.py" in out
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        code, _, err = plugins("new", f"acme-{kind}", "--kind", kind, "--folder", tmp_path)
+        assert code == 2
+        assert "is there already" in err
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "name", ["", "Acme", "acme_x", "-acme", "acme--x", "3d", "a/b", "../x", "ä", "json", "class", "mortice", "qtypes"]
+)
+def test_bad_names_are_refused(name: str, plugins: Run, tmp_path: Path) -> None:
+    code, _, err = plugins("new", "--kind", "arch", "--folder", tmp_path, "--", name)
+    assert code == 2
+    assert err.startswith("mortice: error: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_kind_that_does_not_exist_is_refused(plugins: Run, tmp_path: Path) -> None:
+    assert plugins("new", "acme", "--kind", "sampler", "--folder", tmp_path)[0] == 2
+    with pytest.raises(ConfigError, match="did you mean loader"):
+        write_package("acme", "loaders", tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_package("acme", "arch", tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_type_ids_follow_from_the_name() -> None:
+    ids: dict[str, Any] = {name: names_for(name).type_id for name in ("acme", "acme-two", "other")}
+    assert len(set(ids.values())) == 3
+    assert min(ids.values()) >= 1000
+    assert names_for("acme").type_id == ids["acme"]
