@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from attrs import evolve
+from cyclopts import Parameter
 
 from mortice.core.cli.answer import Answer, check_prompt, give_answer, read_stdin
 from mortice.core.cli.flags import (
@@ -23,9 +29,10 @@ from mortice.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from mortice.core.config import PromptConfig, RunConfig
+    from mortice.core.file_hash import FileHashes
     from mortice.core.pipeline import Pipeline
 
-__all__ = ["run"]
+__all__ = ["prompt_ids", "run"]
 
 
 def run(
@@ -34,6 +41,9 @@ def run(
     *,
     model: ModelFlags | None = None,
     prompt: PromptFlags | None = None,
+    record: Annotated[
+        Path | None, Parameter(help="Write all that decided the answer into this JSON file, for mortice replay.")
+    ] = None,
     generation: GenerationFlags | None = None,
     executor: ExecutorFlags | None = None,
     plugins: PluginFlags | None = None,
@@ -51,17 +61,22 @@ def run(
     config, model = config_or_model(config, model)
     chosen = settings(config, model, prompt, generation, executor, plugins, any_key).config
     _require_given(chosen)
+    _require_folder(record)
     text = _prompt_text(chosen.prompt)
     sampling = chosen.sampling.seeded()
+    chosen = evolve(chosen, prompt=evolve(chosen.prompt, text=text), sampling=sampling)
     with planned(screen, chosen) as pipeline:
         note_model(screen, pipeline)
         pipeline.fit.require()
-        ids = _prompt_ids(pipeline, chosen.prompt, text)
+        ids = prompt_ids(pipeline, chosen.prompt)
         check_prompt(pipeline, ids)
-        resident(screen, pipeline)
-        answer = Answer(prompt_tokens=len(ids))
-        with pipeline.session() as session:
-            give_answer(screen, session, ids, sampling, chosen.generation, answer)
+        with _hashing(pipeline, record) as hashes:
+            resident(screen, pipeline)
+            answer = Answer(prompt_tokens=len(ids))
+            with pipeline.session() as session:
+                give_answer(screen, session, ids, sampling, chosen.generation, answer)
+            if record is not None and hashes is not None:
+                _write_record(screen, record, pipeline, chosen, hashes, ids, answer)
         screen.note(answer.speed_text())
         if not sampling.greedy:
             screen.note(f"seed {sampling.seed}")
@@ -101,8 +116,46 @@ def _prompt_text(prompt: PromptConfig) -> str:
     return read_stdin().removesuffix("\n").removesuffix("\r")
 
 
-def _prompt_ids(pipeline: Pipeline, prompt: PromptConfig, text: str) -> list[int]:
-    tokenizer = pipeline.tokenizer
+def _require_folder(record: Path | None) -> None:
+    """Refuse a record that could not be written, before all the work."""
+    if record is not None and (record.is_dir() or not record.absolute().parent.is_dir()):
+        found = "a folder" if record.is_dir() else "no folder to write it in"
+        raise ConfigError(f"--record: {record}: found {found}, wanted the name of a file")
+
+
+@contextmanager
+def _hashing(pipeline: Pipeline, record: Path | None) -> Iterator[FileHashes | None]:
+    """Hash the model's files beside the run, when it is recorded."""
+    from mortice.core.file_hash import FileHashes
+
+    if record is None:
+        yield None
+    else:
+        with FileHashes(pipeline.model.file.files) as hashes:
+            yield hashes
+
+
+def _write_record(
+    screen: Screen,
+    path: Path,
+    pipeline: Pipeline,
+    config: RunConfig,
+    hashes: FileHashes,
+    ids: list[int],
+    answer: Answer,
+) -> None:
+    from mortice.core.record import RunRecord
+
+    with screen.byte_progress("hashing the model") as progress:
+        files = hashes.result(progress)
+    RunRecord.of(pipeline, config, files, ids, answer.pieces).write(path)
+    screen.note(f"record of the run in {path}; mortice replay {path} repeats it")
+
+
+def prompt_ids(pipeline: Pipeline, prompt: PromptConfig) -> list[int]:
+    """Token ids of what is asked, through the chat template where the prompt is one of a chat."""
+    assert prompt.text is not None, "it has been checked"
+    tokenizer, text = pipeline.tokenizer, prompt.text
     if not prompt.chat:
         return tokenizer.encode(text)
     from mortice.core.text.chat import ChatTemplate, Message, encode_chat

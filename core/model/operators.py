@@ -26,6 +26,7 @@ __all__ = [
     "Norm",
     "NormType",
     "Operator",
+    "PositionScale",
     "Rope",
     "RopeScaling",
     "Scale",
@@ -210,11 +211,15 @@ class AddBias(_Unary):
 class RopeScaling:
     """Context extension of RoPE: ``linear`` (Chen et al. 2023) or ``yarn`` (Peng et al. 2023).
 
+    LongRoPE (Ding et al. 2024), which has a table of divisors instead of one factor, is ``linear`` with a factor of 1
+    here: its tables are weights, see `Rope`.
+
     Attributes:
         type: which.
         factor: how many times the original context is stretched.
-        original_context: tokens the model was trained on (yarn).
-        attn_factor: multiplies YaRN's attention magnitude.
+        original_context: tokens the model was trained on (yarn, and the choice between two tables of divisors).
+        attn_factor: multiplies sine and cosine, and so the magnitude of Q and K.
+        log_multiplier: the share of YaRN's own magnitude that is taken back; 0 leaves it, 1 takes all of it.
         beta_fast: rotations above which a dimension is left as it is (yarn).
         beta_slow: rotations below which a dimension is interpolated fully (yarn).
 
@@ -224,6 +229,7 @@ class RopeScaling:
     factor: float
     original_context: int = 0
     attn_factor: float = 1.0
+    log_multiplier: float = 0.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
 
@@ -234,7 +240,7 @@ class Rope(_Unary):
 
     Pair p turns by ``position * frequency[p]``; the frequencies come from `mortice.core.model.rope`. A pair is
     (2p, 2p + 1) for ``adjacent`` and (p, p + dims / 2) for ``halves``. `factors`, shape (dims / 2,), divide the
-    frequencies.
+    frequencies; `long_factors` take their place in a run whose context is longer than the scaling's original one.
     """
 
     kind: ClassVar[str] = "rope"
@@ -245,10 +251,17 @@ class Rope(_Unary):
     base: float
     scaling: RopeScaling | None = None
     factors: WeightRef | None = None
+    long_factors: WeightRef | None = None
 
     @property
     def weights(self) -> tuple[WeightRef, ...]:
-        return () if self.factors is None else (self.factors,)
+        return tuple(weight for weight in (self.factors, self.long_factors) if weight is not None)
+
+    def factors_for(self, context_length: int) -> WeightRef | None:
+        """The divisors of the frequencies in a run that holds up to `context_length` tokens, None for none."""
+        if self.long_factors is None or self.scaling is None or context_length <= self.scaling.original_context:
+            return self.factors
+        return self.long_factors
 
 
 @frozen(kw_only=True)
@@ -338,6 +351,18 @@ class Scale(_Unary):
 
 
 @frozen(kw_only=True)
+class PositionScale(_Unary):
+    """``out = (1 + strength * ln(1 + floor(position / period))) * src``: 1 for the first `period` positions.
+
+    On Q it keeps attention sharp in long contexts (Llama 4's temperature tuning, Ministral 3).
+    """
+
+    kind: ClassVar[str] = "position_scale"
+    strength: float
+    period: int
+
+
+@frozen(kw_only=True)
 class Softcap(_Unary):
     """``out = cap * tanh(src / cap)``."""
 
@@ -367,6 +392,7 @@ OPERATOR_KINDS: dict[str, type[Operator]] = {
         Act,
         GatedAct,
         Scale,
+        PositionScale,
         Softcap,
         SelectRows,
     )

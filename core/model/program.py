@@ -25,6 +25,7 @@ from mortice.core.model.operators import (
     Norm,
     NormType,
     Operator,
+    PositionScale,
     Rope,
     Scale,
     SelectRows,
@@ -227,7 +228,7 @@ class _Builder:
         return x
 
     def block(self, x: Buffer, layer: int) -> Buffer:
-        self.layer, self.values = layer, self.model.hyperparameters.at(layer)
+        self.layer, self.values = layer, self.model.layer_values(layer)
         parallel = self.number(self.model.contract.residual.parallel) != 0
         norm_before = self.model.contract.norm.placement in ("pre", "both")
         attn_input = self.norm(x, "attn_norm") if norm_before else x
@@ -258,6 +259,7 @@ class _Builder:
         q, k, v = (self.linear(x, role) for role in ("attn_q", "attn_k", "attn_v"))
         q, k = self.qk_norm(q, "attn_q_norm", num_heads), self.qk_norm(k, "attn_k_norm", num_kv_heads)
         q, k = self.rope(q, "q", num_heads), self.rope(k, "k", num_kv_heads)
+        q = self.sharpened(q)
         self.kv.append(KvShape(num_kv_heads, head_dim))
         self.emit(
             KvWrite(
@@ -298,6 +300,8 @@ class _Builder:
         dims = 0 if spec is None else int(self.number(spec.dims))
         if spec is None or dims == 0:
             return src
+        scaling = self.model.rope_scaling if self.number(spec.scaled) else None
+        short, long = (self.model.weights.get((f"rope_factors_{reach}", None)) for reach in ("short", "long"))
         out = self.buffer(f"{text}.rotated", src.width)
         self.emit(
             Rope(
@@ -310,8 +314,27 @@ class _Builder:
                 dims=dims,
                 style=spec.style,
                 base=self.number(spec.base),
-                scaling=self.model.rope_scaling if self.number(spec.scaled) else None,
-                factors=self.model.weights.get(("rope_freqs", None)),
+                scaling=scaling,
+                factors=self.model.weights.get(("rope_freqs", None), short if scaling is not None else None),
+                long_factors=long if scaling is not None else None,
+            )
+        )
+        return out
+
+    def sharpened(self, q: Buffer) -> Buffer:
+        spec = self.model.contract.attention
+        strength = self.number(spec.temperature)
+        if strength == 0:
+            return q
+        out = self.buffer("q.sharpened", q.width)
+        self.emit(
+            PositionScale(
+                layer=self.layer,
+                name=self.name("temperature"),
+                src=q,
+                out=out,
+                strength=strength,
+                period=int(self.number(spec.temperature_period)),
             )
         )
         return out

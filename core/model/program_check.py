@@ -45,9 +45,9 @@ def _problems(operator: op.Operator) -> Iterator[str]:
             yield from _norm(operator)
         case op.AddBias(src=src, weight=weight):
             yield from _differ("bias", _elements(weight), src.width)
-        case op.Rope(src=src, num_heads=heads, head_dim=head_dim, dims=dims, factors=factors):
+        case op.Rope(src=src, num_heads=heads, head_dim=head_dim, dims=dims, weights=tables):
             yield from _differ("heads", heads * head_dim, src.width)
-            if factors is not None:
+            for factors in tables:
                 yield from _differ("RoPE factors", _elements(factors), dims // 2)
         case op.KvWrite(k=k, v=v, num_kv_heads=heads, head_dim=head_dim):
             yield from _differ("heads of K", heads * head_dim, k.width)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mortice.core.errors import InputError
 from mortice.core.model.operators import Rope, RopeScaling
 
-__all__ = ["rope_frequencies"]
+__all__ = ["rope_frequencies", "yarn_magnitude"]
 
 
 def rope_frequencies(rope: Rope, factors: NDArray[np.float32] | None) -> tuple[NDArray[np.float64], float]:
@@ -21,10 +21,10 @@ def rope_frequencies(rope: Rope, factors: NDArray[np.float32] | None) -> tuple[N
 
     Args:
         rope: the operator.
-        factors: shape (dims / 2,), or None.
+        factors: the values of `Rope.factors_for`, shape (dims / 2,), or None.
 
     Returns:
-        Frequencies, float64, shape (dims / 2,), and the magnitude (1 but for YaRN).
+        Frequencies, float64, shape (dims / 2,), and the magnitude (1 where no scaling has one).
 
     Raises:
         InputError: for a factor that is no positive number.
@@ -38,16 +38,25 @@ def rope_frequencies(rope: Rope, factors: NDArray[np.float32] | None) -> tuple[N
         return frequencies, 1.0
     stretched = frequencies / rope.scaling.factor
     if rope.scaling.type == "linear":
-        return stretched, 1.0
+        return stretched, rope.scaling.attn_factor
     kept = _yarn_kept_share(rope, rope.scaling, pairs)
-    magnitude = rope.scaling.attn_factor * (1.0 + 0.1 * math.log(max(1.0, rope.scaling.factor)))
+    magnitude = rope.scaling.attn_factor * yarn_magnitude(rope.scaling.factor, rope.scaling.log_multiplier)
     return stretched * (1.0 - kept) + frequencies * kept, magnitude
+
+
+def yarn_magnitude(factor: float, log_multiplier: float = 0.0) -> float:
+    """``1 + 0.1 ln(factor)`` (Peng et al. 2023, section 3.4), divided by the same with ``log_multiplier * ln(factor)``.
+
+    The divisor is DeepSeek's ``mscale_all_dim``, which llama.cpp reads as ``rope.scaling.yarn_log_multiplier``.
+    """
+    stretch = 0.1 * math.log(max(1.0, factor))
+    return (1.0 + stretch) / (1.0 + log_multiplier * stretch)
 
 
 def _checked(rope: Rope, factors: NDArray[np.float32]) -> NDArray[np.float64]:
     for number in np.flatnonzero(~(np.isfinite(factors) & (factors > 0))):
-        tensor = rope.factors.tensor if rope.factors is not None else "RoPE factors"
-        raise InputError(f"{tensor}: factor {number} is {factors[number]}, wanted a positive number")
+        tensors = " or ".join(weight.tensor for weight in rope.weights) or "RoPE factors"
+        raise InputError(f"{tensors}: factor {number} is {factors[number]}, wanted a positive number")
     return factors.astype(np.float64)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from attrs import define, field, frozen
 
 from mortice.arch_contracts.expressions import Expression, ExpressionError, Number
-from mortice.arch_contracts.schema import Contract, Role
+from mortice.arch_contracts.schema import PRESENCE, Contract, Role
 from mortice.core.errors import ValidationError
 from mortice.core.model.findings import Finding, Findings, Severity
 from mortice.core.model.hyperparameters import Hyperparameters, resolve_hyperparameters
@@ -23,6 +23,7 @@ from mortice.core.model.types import ModelFile, TensorView
 
 __all__ = ["RoleKey", "ValidatedModel", "ValidationReport", "validate"]
 
+_TOGETHER = (("attn_q_norm", "attn_k_norm"), ("rope_factors_short", "rope_factors_long"))
 _INTEGERS = frozenset({"I8", "I16", "I32", "I64"})
 
 Values = Mapping[str, Number]
@@ -51,6 +52,10 @@ class ValidatedModel:
     rope_scaling: RopeScaling | None
     weights: Mapping[RoleKey, WeightRef] = field(repr=False)
     findings: Findings
+
+    def layer_values(self, layer: int) -> Values:
+        """What expressions of a layer may read: its numbers, and which roles have a weight there."""
+        return _with_presence(self.hyperparameters.at(layer), self.contract, self.weights, layer)
 
     def tensor(self, weight: WeightRef) -> TensorView:
         """The tensor a weight lies in."""
@@ -99,6 +104,7 @@ def validate(file: ModelFile, contract: Contract, extra: Iterable[Finding] = ())
     check = _Check(file=file, contract=contract, hyperparameters=hyperparameters, findings=findings)
     check.layers = int(hyperparameters.values.get("num_layers", 0))  # type: ignore[arg-type]  # one number, never a tuple
     check.roles()
+    check.uneven()
     check.unclaimed()
     check.numbers(scaling)
     findings += tokenizer_findings(file)
@@ -179,10 +185,18 @@ class _Check:
             if (key, layer) not in self.weights and key not in broken and name not in told:
                 told.add(name)  # a fused tensor lacks all its parts at once
                 self.report("role.missing", name, "missing", f"{self.contract.name} requires {key}{why}")
-        if (("attn_q_norm", layer) in self.weights) != (("attn_k_norm", layer) in self.weights):
-            self.report(
-                "role.missing", f"layer {layer}", "only one of attn_q_norm and attn_k_norm", "wanted both or none"
-            )
+        for pair in _TOGETHER:
+            if len([key for key in pair if (key, layer) in self.weights]) == 1:
+                where = "file" if layer is None else f"layer {layer}"
+                self.report("role.missing", where, f"only one of {' and '.join(pair)}", "wanted both or none")
+
+    def uneven(self) -> None:
+        """A layer that lacks what the others have is a broken file, not a family of another shape."""
+        for role in self.contract.asked_for():
+            without = [layer for layer in range(self.layers) if (role, layer) not in self.weights]
+            if 0 < len(without) < self.layers:
+                name = self.contract.layer_roles[role].tensor(without[0])
+                self.report("role.uneven", name, "missing", "other layers have it; wanted in all layers or in none")
 
     def _needed(self, layer: int | None, roles: Mapping[str, Role], values: Values) -> Iterator[tuple[str, str]]:
         """Roles that must have a weight: what the contract calls required, and what its settings cannot do without."""
@@ -191,7 +205,8 @@ class _Check:
         if layer is None:
             needed = self.contract.needed_global_roles()
         else:
-            parallel = self.evaluate("residual.parallel", self.contract.residual.parallel, values)
+            seen = _with_presence(values, self.contract, self.weights, layer)
+            parallel = self.evaluate("residual.parallel", self.contract.residual.parallel, seen)
             needed = self.contract.needed_layer_roles(parallel=parallel != 0)
         yield from ((key, f" ({why})") for key, why in needed if key not in required)
 
@@ -282,7 +297,7 @@ class _Check:
         """Every number of the contract within its range, in every layer; one finding for each number."""
         told: set[str] = set()
         for layer in range(self.layers):
-            values = self.hyperparameters.at(layer)
+            values = _with_presence(self.hyperparameters.at(layer), self.contract, self.weights, layer)
             for where, expression, good, wanted in _ranges(self.contract, scaling):
                 if where in told:
                     continue
@@ -321,6 +336,18 @@ def _ranges(contract: Contract, scaling: RopeScaling | None) -> Iterator[tuple[s
         lambda value, _: value >= 0 and value == int(value),
         lambda _: "wanted a whole number of tokens, or 0 (none)",
     )
+    yield (
+        "attention.temperature",
+        attention.temperature,
+        lambda value, _: value >= 0,
+        lambda _: "wanted 0 (none) or more",
+    )
+    yield (
+        "attention.temperature_period",
+        attention.temperature_period,
+        lambda value, _: value >= 1 and value == int(value),
+        lambda _: "wanted a whole number of tokens, at least 1",
+    )
     for where, scale in (
         ("attention.scale", attention.scale),
         ("embedding.scale", contract.embedding.scale),
@@ -338,6 +365,12 @@ def _ranges(contract: Contract, scaling: RopeScaling | None) -> Iterator[tuple[s
             lambda value, values: value in range(0, int(values.get("head_dim", value)) + 1, 2),
             lambda values: f"wanted an even number, at most head_dim = {values.get('head_dim')}",
         )
+
+
+def _with_presence(
+    values: Values, contract: Contract, weights: Mapping[RoleKey, WeightRef], layer: int | None
+) -> Values:
+    return {**values, **{PRESENCE + role: int((role, layer) in weights) for role in contract.layer_roles}}
 
 
 def _text(shape: tuple[int, ...]) -> str:

@@ -115,12 +115,34 @@ class PlannedWeight:
         return self.weight.rows if len(self.weight.shape) > 1 else 1
 
     def source(self) -> NDArray[np.uint8]:
-        """The bytes in the file, shape (rows, bytes of a row); a view."""
+        """The bytes in the file, shape (rows, bytes of a row); a view, but of a tensor that is made."""
         weight = self.weight
         if len(weight.shape) > 1:
-            return self.tensor.row_bytes(weight.row_start, weight.row_stop)
+            return self.source_rows(0, weight.rows)
         start, stop = (self.tensor.qtype.row_bytes(edge) for edge in (weight.row_start, weight.row_stop))
         return self.tensor.data[None, start:stop]
+
+    def source_rows(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """`source` of rows [start, stop) of a matrix."""
+        assert len(self.weight.shape) > 1, "a vector is one row"
+        return self.tensor.row_bytes(self.weight.row_start + start, self.weight.row_start + stop)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of `source`, which is not made to tell them."""
+        return self.rows * self.tensor.qtype.row_bytes(self.columns)
+
+    def read_rows(self, row: int, out: NDArray[np.uint8]) -> None:
+        """Fill `out`, one dimension and whole rows, with what `source` has from `row` on.
+
+        Raises:
+            ModelFileError: when the file cannot be read any more.
+
+        """
+        weight = self.weight
+        matrix = len(weight.shape) > 1
+        columns, first = (weight.columns, weight.row_start + row) if matrix else (weight.row_start, 1)
+        self.tensor.read_into(out, first * self.tensor.qtype.row_bytes(columns))
 
 
 @frozen(eq=False, kw_only=True)
@@ -135,14 +157,14 @@ class WeightPlan:
     @property
     def file_bytes(self) -> int:
         """Bytes of the planned weights as stored in the file."""
-        return sum(planned.source().nbytes for planned in self.weights)
+        return sum(planned.source_bytes for planned in self.weights)
 
     @property
     def bytes_by_qtype(self) -> Mapping[str, int]:
         """Bytes in the file by type name, largest first."""
         counts: Counter[str] = Counter()
         for planned in self.weights:
-            counts[planned.tensor.qtype.name] += planned.source().nbytes
+            counts[planned.tensor.qtype.name] += planned.source_bytes
         return dict(counts.most_common())
 
 
@@ -188,6 +210,8 @@ def plan_weights(
 
 def _place(weight: WeightRef, tensor: TensorView, layouts: Sequence[Layout], prefer: str, offset: int) -> PlannedWeight:
     placed = [PlannedWeight.of(weight, tensor, layout, offset) for layout in layouts]
+    if tensor.make is not None:  # there are no bytes in a file that could be used where they are
+        placed = [planned for planned in placed if planned.nbytes] or placed
     if prefer == "compact":
         return min(placed, key=lambda planned: planned.nbytes)
     return next((planned for planned in placed if planned.layout.name == prefer), placed[0])

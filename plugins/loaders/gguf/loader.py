@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import stat
-from contextlib import ExitStack, suppress
-from mmap import ACCESS_READ, mmap
-from os import fstat
+from contextlib import ExitStack
+from mmap import mmap
 from pathlib import Path
 from types import MappingProxyType
 
@@ -14,6 +13,8 @@ from attrs import frozen
 from numpy.typing import NDArray
 
 from mortice.core.errors import ModelFileError
+from mortice.core.model.file_reader import FileReader
+from mortice.core.model.mapped_file import map_file
 from mortice.core.model.types import LoadOptions, ModelFile, TensorView
 from mortice.plugins.loaders.gguf.byteorder import MAX_CONVERTED_BYTES, can_convert, to_little_endian
 from mortice.plugins.loaders.gguf.format import MAGIC
@@ -30,6 +31,7 @@ class _Part:
 
     mapping: bytes | mmap
     header: Header
+    reader: FileReader
 
 
 def open_gguf(path: Path, options: LoadOptions) -> ModelFile | None:
@@ -88,24 +90,8 @@ def _is_ours(path: Path) -> bool:
 
 def _open_part(path: Path, options: LoadOptions, stack: ExitStack) -> _Part:
     """Map a file and read its header; the mapping is closed with `stack`."""
-    try:
-        # Asked before opening, for opening a named pipe would wait for a writer.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ModelFileError(path, "not a regular file, a GGUF file was expected")
-        with path.open("rb") as file:
-            nbytes = fstat(file.fileno()).st_size
-            mapping = mmap(file.fileno(), nbytes, access=ACCESS_READ) if nbytes else b""
-    except OSError as error:
-        raise ModelFileError(path, f"cannot be read: {error.strerror}") from error
-    if isinstance(mapping, mmap):
-        stack.callback(_unmap, mapping)
-    return _Part(mapping, read_header(path, mapping, options.qtypes))
-
-
-def _unmap(mapping: mmap) -> None:
-    """Close the mapping, unless arrays still refer to it: then it goes when the last of them does."""
-    with suppress(BufferError):
-        mapping.close()
+    mapped = map_file(path, "a GGUF file", stack)
+    return _Part(mapped.data, read_header(path, mapped.data, options.qtypes), mapped.reader)
 
 
 def _views(part: _Part) -> dict[str, TensorView]:
@@ -125,6 +111,7 @@ def _views(part: _Part) -> dict[str, TensorView]:
             data=data if header.order == "<" else to_little_endian(data, info.qtype),
             offset=start,
             path=header.path,
+            reader=part.reader.read_into if header.order == "<" else None,
         )
     return views
 

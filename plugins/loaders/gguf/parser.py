@@ -16,6 +16,7 @@ from attrs import frozen
 
 from mortice.core.model.qtypes import QType
 from mortice.core.model.types import MetadataValue
+from mortice.core.text_file import beginning
 from mortice.plugins.loaders.gguf import format as gguf
 from mortice.plugins.loaders.gguf.arrays import StringArray, read_numbers, read_strings
 from mortice.plugins.loaders.gguf.reader import Reader, quoted
@@ -102,7 +103,8 @@ def _read_version(reader: Reader) -> int:
         raise reader.error("file is empty, a GGUF file was expected")
     magic = bytes(reader.buffer[: len(gguf.MAGIC)])
     if magic != gguf.MAGIC[: len(magic)]:
-        raise reader.error(f"not a GGUF file: it begins with {magic!r}, {gguf.MAGIC!r} was expected")
+        found = beginning(reader.path) or f"it begins with {magic!r}"
+        raise reader.error(f"not a GGUF file: {found}; {gguf.MAGIC!r} was expected")
     if reader.size < gguf.HEADER_BYTES:
         raise reader.too_long("a GGUF header", gguf.HEADER_BYTES, 0)
     reader.position = at = len(magic)

@@ -71,7 +71,11 @@ class Reader:
         """The error for `what`, which starts at `offset` and passes the end of the file or of the header."""
         left = self.size - offset
         if nbytes > left:
-            return self.error(f"file is truncated: {what} takes {nbytes} bytes, {max(left, 0)} are left", offset)
+            missing = nbytes - max(left, 0)
+            # a length that no header has is a broken file, not a download cut short
+            cut = nbytes < MAX_HEADER_BYTES
+            hint = f"; at least {missing} bytes are missing (an interrupted download?)" if cut else ""
+            return self.error(f"file is truncated: {what} takes {nbytes} bytes, {max(left, 0)} are left{hint}", offset)
         return self.error(f"{what} takes {nbytes} bytes; a header may have {MAX_HEADER_BYTES} bytes in all", offset)
 
     def take(self, nbytes: int, what: str) -> int:

@@ -72,11 +72,11 @@ def test_an_empty_file_is_refused(refuses: Refuses) -> None:
 
 
 def test_a_wrong_magic_is_refused(refuses: Refuses) -> None:
-    refuses(GgufBytes(magic=b"FUGG"), "not a GGUF file", "b'FUGG'", "b'GGUF' was expected", at=0)
+    refuses(GgufBytes(magic=b"FUGG"), "not a GGUF file", "(FUGG", "b'GGUF' was expected", at=0)
 
 
 def test_an_html_page_saved_as_a_model_is_refused(refuses: Refuses) -> None:
-    refuses(b"<!DOCTYPE html><html>", "not a GGUF file", "b'<!DO'", at=0)
+    refuses(b"<!DOCTYPE html><html>", "not a GGUF file", "(<!DOCTYPE", at=0)
 
 
 @pytest.mark.parametrize("version", [0, 1, 4, 2**31])

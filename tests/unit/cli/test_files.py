@@ -50,7 +50,8 @@ def unknown(tiny: Path, tmp_path: Path) -> Path:
 
 def test_a_valid_file_is_said_to_be(mortice: Mortice, tiny: Path) -> None:
     ran = mortice("validate", tiny)
-    assert (ran.code, ran.out) == (0, f"{tiny}: valid against contract llama, no findings\n")
+    assert ran.code == 0
+    assert ran.out.startswith(f"{tiny}: valid against contract llama, no findings\n")
 
 
 def test_findings_of_all_layers_stand_in_one_line(mortice: Mortice, without_norms: Path) -> None:

@@ -1,0 +1,231 @@
+"""``mortice run --record`` and ``mortice replay``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mortice.core.cli import run as running
+from mortice.core.record import read_record
+from mortice.core.stages import open_file
+from tests.support.hf_folders import write_folder
+from tests.support.tiny import REGISTRY
+from tests.unit.cli.conftest import Mortice
+
+ASKED = ("--prompt", "The joint is cut", "--max-tokens", 12, "--temperature", 1.1)
+
+
+@pytest.fixture
+def record(mortice: Mortice, tiny: Path, tmp_path: Path) -> Path:
+    """The record of a sampled answer."""
+    path = tmp_path / "run.json"
+    assert mortice("run", "-m", tiny, *ASKED, "--record", path).code == 0
+    return path
+
+
+def changed(record: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    document = json.loads(record.read_text())
+    change(document)
+    path = record.with_name("changed.json")
+    path.write_text(json.dumps(document))
+    return path
+
+
+def test_a_sampled_run_is_repeated_token_for_token(mortice: Mortice, record: Path) -> None:
+    ran = mortice("replay", record, "--json", "--quiet")
+    assert ran.code == 0
+    found: dict[str, Any] = {"equal": True, "equal_tokens": 12, "difference": None, "logprob_drift": 0.0, "changes": []}
+    assert ran.json == found
+
+
+def test_a_person_is_told_that_it_was_equal(mortice: Mortice, record: Path) -> None:
+    ran = mortice("replay", record, "--quiet")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.startswith("equal: ")
+    assert "12 of the answer; log-probabilities differ by at most 0" in ran.out
+
+
+def test_the_record_holds_what_was_run(mortice: Mortice, record: Path, tiny: Path) -> None:
+    found = read_record(record)
+    ran = mortice("run", "-m", tiny, *ASKED, "--seed", found.config.sampling.seed, "--json").json
+    assert [token.id for token in found.tokens] == ran["ids"]
+    assert [token.logprob for token in found.tokens] == ran["logprobs"]
+    assert found.config.prompt.text == "The joint is cut"
+    (file,) = found.files
+    assert file.sha256 == hashlib.sha256(tiny.read_bytes()).hexdigest()
+    assert found.environment.executor["executor"] == "reference"
+    assert "ops.py" in found.environment.code
+    assert found.environment.program["plugin loaders-gguf"].startswith("mortice ")
+
+
+def test_the_first_token_that_differs_is_named_with_both_texts(mortice: Mortice, record: Path) -> None:
+    tokens = read_record(record).tokens
+    other = (tokens[7].id + 1) % 300
+    path = changed(record, lambda it: it["tokens"][7].update(id=other, text="other"))
+    ran = mortice("replay", path, "--quiet")
+    assert ran.code == 1
+    assert ran.out == (
+        f"token 7 of the answer differs: recorded {other} 'other', now {tokens[7].id} {tokens[7].text!r}\n"
+    )
+    found = mortice("replay", path, "--json").json
+    assert (found["equal"], found["equal_tokens"]) == (False, 7)
+    assert found["difference"]["position"] == 7
+    assert found["difference"]["now"]["id"] == tokens[7].id
+
+
+def test_an_answer_that_ends_earlier_or_later_differs_at_its_end(mortice: Mortice, record: Path) -> None:
+    tokens = read_record(record).tokens
+    shorter = mortice("replay", changed(record, lambda it: it["tokens"].pop()), "-q")
+    assert (shorter.code, "recorded the end, now " in shorter.out) == (1, True)
+    longer = mortice("replay", changed(record, lambda it: it["tokens"].append(it["tokens"][0])), "-q")
+    assert longer.code == 1
+    assert longer.out == f"token 12 of the answer differs: recorded {tokens[0].id} {tokens[0].text!r}, now the end\n"
+
+
+def test_a_prompt_that_is_tokenized_otherwise_is_a_difference_too(mortice: Mortice, record: Path) -> None:
+    ran = mortice("replay", changed(record, lambda it: it["prompt"].append(7)), "--quiet")
+    assert ran.code == 1
+    assert "of the prompt differs: recorded 7" in ran.out
+
+
+def test_another_seed_gives_another_answer(mortice: Mortice, record: Path) -> None:
+    path = changed(record, lambda it: it["config"]["sampling"].update(seed=it["config"]["sampling"]["seed"] + 1))
+    assert mortice("replay", path, "--quiet").code == 1
+
+
+def test_a_model_that_was_changed_is_refused_by_its_hash(mortice: Mortice, record: Path, tiny: Path) -> None:
+    data = bytearray(tiny.read_bytes())
+    data[-1] ^= 1
+    other = record.with_name("tiny.gguf")
+    other.write_bytes(data)
+    ran = mortice("replay", record, "--model", other)
+    assert ran.code == 2
+    assert f"{other}: SHA-256 is " in ran.err
+    assert "it is not the model that was run" in ran.err
+
+
+def test_a_model_of_another_size_is_refused(mortice: Mortice, record: Path, tiny: Path) -> None:
+    other = record.with_name("tiny.gguf")
+    other.write_bytes(tiny.read_bytes() + bytes(64))
+    ran = mortice("replay", record, "--model", other)
+    assert ran.code == 2
+    assert f"has {other.stat().st_size} bytes, the record says {tiny.stat().st_size}" in ran.err
+
+
+def test_a_model_that_was_moved_is_found_with_the_flag(mortice: Mortice, record: Path, tiny: Path) -> None:
+    moved = record.with_name("tiny.gguf")
+    moved.write_bytes(tiny.read_bytes())
+    path = changed(record, lambda it: it["config"]["model"].update(path="/nowhere/tiny.gguf"))
+    ran = mortice("replay", path)
+    assert (ran.code, "/nowhere/tiny.gguf: no such file" in ran.err) == (2, True)
+    assert mortice("replay", path, "--model", moved).code == 0
+
+
+def test_what_is_another_now_is_named(mortice: Mortice, record: Path) -> None:
+    def older(document: dict[str, Any]) -> None:
+        environment = document["environment"]
+        environment["program"].update({"numpy": "1.0", "plugin acme": "acme 2.0"})
+        environment["code"]["ops.py"] = "0" * 64
+        environment["contract"]["llama"] = "1" * 64
+
+    ran = mortice("replay", changed(record, older), "--json")
+    assert ran.code == 0, "the tokens are the same"
+    changes = ran.json["changes"]
+    assert any(change.startswith("numpy: recorded with 1.0, now ") for change in changes)
+    assert "plugin acme: recorded with acme 2.0, now none" in changes
+    assert any(change.startswith("code of ops.py: recorded with 000000000000, now ") for change in changes)
+    assert any(change.startswith("contract llama: recorded with 111111111111, now ") for change in changes)
+    assert len(changes) == 4
+
+
+def test_a_folder_quantised_at_load_is_recorded_with_all_its_files(
+    mortice: Mortice, tiny: Path, tmp_path: Path
+) -> None:
+    with open_file(REGISTRY, tiny) as file:
+        folder = write_folder(tmp_path / "hf", file, "BF16", shards=2)
+    path = tmp_path / "run.json"
+    assert mortice("run", folder, *ASKED, "--quantize", "Q8_0", "--record", path).code == 0
+    assert {file.name for file in read_record(path).files} == {
+        "config.json",
+        "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert mortice("replay", path).code == 0
+    (folder / "tokenizer_config.json").write_text((folder / "tokenizer_config.json").read_text() + " ")
+    ran = mortice("replay", path)
+    assert (ran.code, "tokenizer_config.json: has " in ran.err) == (2, True)
+
+
+def test_a_prompt_from_standard_input_is_kept_as_text(mortice: Mortice, tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    assert mortice("run", "-m", tiny, "-p", "-", "-n", 3, "--record", path, stdin=b"hello\n").code == 0
+    assert read_record(path).config.prompt.text == "hello"
+    assert mortice("replay", path).code == 0
+
+
+def test_biases_and_stops_survive_the_record(mortice: Mortice, tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    command = ("run", "-m", tiny, *ASKED, "--logit-bias", "9=-inf", "--logit-bias", "8=1.5", "--stop", "none", "--chat")
+    assert mortice(*command, "--record", path).code == 0
+    config = read_record(path).config
+    assert config.sampling.logit_bias == {9: float("-inf"), 8: 1.5}
+    assert (config.generation.stop, config.prompt.chat) == (("none",), True)
+    assert mortice("replay", path).code == 0
+
+
+@pytest.mark.parametrize("name", ["missing/run.json", "."])
+def test_a_record_that_cannot_be_written_is_refused_before_the_run(
+    name: str, mortice: Mortice, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "planned", lambda *_: pytest.fail("the model was opened"))
+    ran = mortice("run", "-m", tiny, *ASKED, "--record", tmp_path / name)
+    assert (ran.code, "wanted the name of a file" in ran.err) == (2, True)
+
+
+def test_an_interrupted_run_leaves_no_record(
+    mortice: Mortice, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "give_answer", interrupted)
+    assert mortice("run", "-m", tiny, *ASKED, "--record", tmp_path / "run.json").code == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        (lambda it: it.pop("record"), "is no record of a run"),
+        (lambda it: it.update(version=2), "found version 2 of the record, wanted 1"),
+        (lambda it: it.pop("config"), "config: missing"),
+        (lambda it: it["config"]["sampling"].update(temprature=1), "did you mean 'sampling.temperature'?"),
+        (lambda it: it["config"]["sampling"].update(seed="7"), "sampling.seed"),
+        (lambda it: it.pop("tokens"), "tokens: required, but not there"),
+        (lambda it: it["tokens"][0].update(id="7"), "tokens.0.id: wanted int, found '7'"),
+        (lambda it: it["files"][0].pop("sha256"), "files.0.sha256: required, but not there"),
+        (lambda it: it.update(extra=1), "extra"),
+    ],
+)
+def test_a_record_that_is_none_is_refused(
+    change: Callable[[dict[str, Any]], Any], wanted: str, mortice: Mortice, record: Path
+) -> None:
+    ran = mortice("replay", changed(record, change))
+    assert ran.code == 2
+    assert wanted in ran.err
+    assert "Traceback" not in ran.err
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", b"[" * 100_000, b"[]"])
+def test_a_file_that_is_no_json_is_refused(data: bytes, mortice: Mortice, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_bytes(data)
+    ran = mortice("replay", tmp_path / "run.json")
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
