@@ -96,6 +96,7 @@ def bench(open_pipeline: Callable[[], Pipeline], settings: BenchSettings, note: 
             prompt_tokens=settings.first_prompt,
             first_token_cold=cold,
             first_token_warm=tuple(bencher.first_token() for _ in range(settings.repeats)),
+            made=any(planned.tensor.make is not None for planned in pipeline.plan.weights),
         )
         return BenchReport(
             subject=_subject(pipeline, load_average),

@@ -116,11 +116,13 @@ def _speeds(report: BenchReport) -> str:
 
 def _startup(report: BenchReport) -> str:
     startup = report.startup
+    size = f"{startup.upload_bytes / 1e6:.1f} MB"
     rate = _number(startup.upload_rate, 1e-9, 2)
+    upload = f"upload of {size}, made on the way" if startup.made else f"upload of {size} at {rate} GB/s"
     prompt = f"{startup.prompt_tokens} token{'s' if startup.prompt_tokens > 1 else ''}"
     rows = [
         ("open, validate, plan", _seconds(startup.plan_seconds)),
-        (f"upload of {startup.upload_bytes / 1e6:.1f} MB at {rate} GB/s", _seconds(startup.upload_seconds)),
+        (upload, _seconds(startup.upload_seconds)),
         ("the rest of the preload", _seconds(startup.open_seconds)),
         (f"first token after {prompt}, cold: all of the above and the prompt", _seconds(startup.first_token_cold)),
         (f"first token after {prompt}, warm (median)", _seconds(statistics.median(startup.first_token_warm))),

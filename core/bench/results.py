@@ -141,6 +141,7 @@ class Startup:
         plan_seconds: open, validate, build the program, plan.
         upload_seconds: the upload strategy's own time.
         upload_bytes: bytes of the file that became resident.
+        made: whether weights were made while they were uploaded, at random or quantised, rather than read.
         open_seconds: the rest of `Pipeline.preload`: memory, kernels, caches.
         prompt_tokens: length of the prompt.
         first_token_cold: seconds from opening the file to the first token; the file may have been in the page cache and
@@ -156,11 +157,13 @@ class Startup:
     prompt_tokens: int
     first_token_cold: float
     first_token_warm: tuple[float, ...] = ()
+    made: bool = False
 
     @property
     def upload_rate(self) -> float | None:
-        """Bytes of the file a second; None when nothing was moved."""
-        return self.upload_bytes / self.upload_seconds if self.upload_bytes and self.upload_seconds else None
+        """Bytes of the file a second; None when nothing was moved, or not from a file."""
+        known = self.upload_bytes and self.upload_seconds and not self.made
+        return self.upload_bytes / self.upload_seconds if known else None
 
 
 @frozen(kw_only=True)

@@ -60,7 +60,7 @@ def decode_traffic(plan: WeightPlan, executor: Executor, settings: RuntimeSettin
 def _read_bytes(operator: Operator, planned: PlannedWeight) -> int:
     if isinstance(operator, Rope):
         return 0  # its factors go into a table when the runtime is opened
-    nbytes = planned.nbytes or planned.source().nbytes  # a layout that takes no memory reads the file
+    nbytes = planned.nbytes or planned.source_bytes  # a layout that takes no memory reads the file
     return nbytes // planned.rows if isinstance(operator, Embed | EmbedPositions) else nbytes
 
 

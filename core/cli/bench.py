@@ -12,8 +12,8 @@ from cyclopts import Parameter
 from mortice.core.cli.flags import (
     ConfigFile,
     ConfigFlags,
-    ContractFlag,
     ExecutorFlags,
+    FileFlags,
     OutputFlags,
     PluginFlags,
     settings,
@@ -59,7 +59,7 @@ def bench(
         bool, Parameter(negative=(), help="Also time each kind of operator.", show_default=False)
     ] = False,
     config: ConfigFile = None,
-    contract: ContractFlag | None = None,
+    contract: FileFlags | None = None,
     executor: ExecutorFlags | None = None,
     plugins: PluginFlags | None = None,
     any_key: ConfigFlags | None = None,
@@ -94,9 +94,9 @@ def bench(
 
 
 def _opener(model: str, config: RunConfig, wanted: BenchSettings) -> Callable[[], Pipeline]:
-    """Opens and plans the model; random weights are made now, so that their making is not measured."""
+    """Opens and plans the model. Random weights go straight to a device; the host's executors want them in memory."""
     from mortice.core.pipeline import prepare, prepare_opened
-    from mortice.core.stages import registry_for
+    from mortice.core.stages import choose_executor, registry_for
     from mortice.core.synth.model import is_shape_and_recipe, synth_model
 
     automatic = config.executor.context == 0
@@ -104,7 +104,10 @@ def _opener(model: str, config: RunConfig, wanted: BenchSettings) -> Callable[[]
         config = evolve(config, executor=evolve(config.executor, context=wanted.needed_context))
     config = evolve(config, model=evolve(config.model, path=Path(model)))
     registry = registry_for(config)
-    made = synth_model(*model.split(":", 1)) if is_shape_and_recipe(model) else None
+    made = None
+    if is_shape_and_recipe(model):
+        _, device, _ = choose_executor(registry, config.executor.name)
+        made = synth_model(*model.split(":", 1), stored=device.kind == "cpu")
 
     def open_pipeline() -> Pipeline:
         try:

@@ -1,7 +1,7 @@
 """Models with the shapes of published ones and random weights: for speed, where what a model says does not matter.
 
-Weights are windows into a few large arrays of random valid blocks, so that a model is made in seconds and takes little
-memory. No two tensors start at the same block, but tensors overlap.
+Rows are made when they are wanted, of a few thousand random valid blocks of each type, so that a model takes next to no
+memory and no time until it is written or uploaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mortice.arch_contracts.schema import Contract, Role, builtin_contracts
 from mortice.core.errors import ConfigError
 from mortice.core.model.qtypes import QType
-from mortice.core.model.types import MetadataValue, ModelFile
+from mortice.core.model.types import MetadataValue, ModelFile, TensorView
 from mortice.core.synth.recipes import RECIPES, Mix, Tensor
 from mortice.core.synth.shapes import SHAPES, Shape
 from mortice.core.testing.blocks import encode
@@ -28,7 +28,9 @@ from mortice.core.testing.vocabulary import tiny_vocabulary
 __all__ = ["is_shape_and_recipe", "synth_model", "write_model"]
 
 _POOL_ELEMENTS = 1 << 20
-"""Random values made for each type and scale; the rest is their blocks in random order."""
+"""Random values made for each type and scale; all rows are their blocks in random order."""
+_RUN_BYTES = 512
+"""Blocks are drawn in runs of about so many bytes, which is faster than one by one."""
 
 _LEARNED_TOKENS = 512
 _MAX_LAYERS = 1024
@@ -40,8 +42,10 @@ def is_shape_and_recipe(text: str) -> bool:
     return ":" in text and not Path(text).exists()
 
 
-def synth_model(shape: str, recipe: str, *, seed: int = 0, layers: int | None = None) -> ModelFile:
-    """A model of a known shape in memory, its weights random.
+def synth_model(
+    shape: str, recipe: str, *, seed: int = 0, layers: int | None = None, stored: bool = False
+) -> ModelFile:
+    """A model of a known shape, its weights random.
 
     Activations stay finite: weights have a standard deviation of ``1 / sqrt(columns)``, norms are near 1.
 
@@ -50,6 +54,7 @@ def synth_model(shape: str, recipe: str, *, seed: int = 0, layers: int | None = 
         recipe: one of `RECIPES`; the same.
         seed: the same arguments give the same bytes.
         layers: how many layers instead of the shape's own; the mix is that of a model with so many.
+        stored: whether the weights lie in memory, as those of a file do; otherwise they are made when they are wanted.
 
     Raises:
         ConfigError: for an unknown shape or recipe, naming the nearest, or layers below 1 or above 1024.
@@ -64,7 +69,7 @@ def synth_model(shape: str, recipe: str, *, seed: int = 0, layers: int | None = 
     draft = _Draft(name=shape, shape=chosen, mix=RECIPES[recipe], seed=seed)
     path = Path(f"{shape}:{recipe}")
     metadata = draft.metadata()
-    tensors = {tensor.name: tensor.view(path) for tensor in draft.tensors()}
+    tensors = {tensor.name: _stored(tensor) if stored else tensor for tensor in draft.tensors(path)}
     return ModelFile(
         path=path, format="synth", version="1", metadata=metadata, tensors=tensors, files=(), loader="synth"
     )
@@ -72,8 +77,11 @@ def synth_model(shape: str, recipe: str, *, seed: int = 0, layers: int | None = 
 
 def write_model(file: ModelFile, path: Path) -> Path:
     """Write a model as a GGUF file."""
-    tensors = (TensorData(view.name, view.shape, view.qtype, view.data) for view in file.tensors.values())
-    return write_gguf(path, file.architecture, file.metadata, tensors)
+    return write_gguf(path, file.architecture, file.metadata, file.tensors.values())
+
+
+def _stored(tensor: TensorView) -> TensorView:
+    return TensorData(tensor.name, tensor.shape, tensor.qtype, tensor.data).view(tensor.path)
 
 
 def _known(what: str, name: str, names: Collection[str]) -> str:
@@ -157,20 +165,19 @@ class _Draft:
 
     # tensors ----------------------------------------------------------------------------------------------------
 
-    def tensors(self) -> Iterator[TensorData]:
-        slots = list(self._slots())
-        sizes: dict[tuple[QType, float], list[int]] = {}
-        for slot in slots:
-            if len(slot.tensor.shape) > 1:
-                sizes.setdefault(_block_key(slot), []).append(slot.qtype.nbytes(slot.tensor.shape))
-        blocks = {key: _Blocks.of(*key, nbytes=nbytes, rng=self._rng) for key, nbytes in sizes.items()}
-        for slot in slots:
-            shape = slot.tensor.shape
-            if len(shape) == 1:
-                yield TensorData.f32(slot.name, self._vector(slot))
-            else:
-                data = blocks[_block_key(slot)].window(slot.qtype.nbytes(shape), self._rng)
-                yield TensorData(slot.name, shape, slot.qtype, data)
+    def tensors(self, path: Path) -> Iterator[TensorView]:
+        blocks: dict[tuple[QType, float], NDArray[np.uint8]] = {}
+        for slot in self._slots():
+            tensor, qtype = slot.tensor, slot.qtype
+            if len(tensor.shape) == 1:
+                yield TensorData.f32(slot.name, self._vector(slot)).view(path)
+                continue
+            columns = tensor.shape[-1]
+            key = qtype, 1 / math.sqrt(columns)
+            if key not in blocks:
+                blocks[key] = _random_blocks(*key, self._rng)
+            make = _RandomRows.of(qtype, columns, blocks[key], int(self._rng.integers(1 << 62)))
+            yield TensorView(name=slot.name, shape=tensor.shape, qtype=qtype, make=make, offset=0, path=path)
 
     def _slots(self) -> Iterator[_Slot]:
         contract = _contract(self.shape.architecture)
@@ -214,38 +221,39 @@ def _contract(architecture: str) -> Contract:
     return next(contract for contract in builtin_contracts() if architecture in contract.architectures)
 
 
-def _block_key(slot: _Slot) -> tuple[QType, float]:
-    return slot.qtype, 1 / math.sqrt(slot.tensor.shape[-1])
+def _random_blocks(qtype: QType, deviation: float, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Blocks of a type, shape (blocks, bytes), `deviation` the standard deviation of their values."""
+    values = rng.standard_normal(_POOL_ELEMENTS, np.float32).reshape(-1, max(256, qtype.block_elements))
+    return encode(values * np.float32(deviation), qtype, rng).reshape(-1, qtype.block_bytes)
 
 
 @frozen(eq=False)
-class _Blocks:
-    """Random blocks of one type and scale, somewhat more than its largest tensor needs."""
+class _RandomRows:
+    """Makes the rows of a matrix: each is runs of blocks, drawn from a few by the place where they stand."""
 
-    data: NDArray[np.uint8]
-    step: int
-    """Windows start at multiples of this many bytes: whole blocks, on a cache line."""
+    runs: NDArray[np.uint8]
+    runs_a_row: int
+    seed: int
 
     @classmethod
-    def of(cls, qtype: QType, deviation: float, *, nbytes: list[int], rng: np.random.Generator) -> _Blocks:
-        """Room for windows of up to the largest of `nbytes` bytes, `deviation` the standard deviation of values."""
-        step = math.lcm(qtype.block_bytes, 64)
-        values = rng.standard_normal(_POOL_ELEMENTS, np.float32).reshape(-1, max(256, qtype.block_elements))
-        pool = encode(values * np.float32(deviation), qtype, rng).reshape(-1, qtype.block_bytes)
-        # small blocks are drawn in runs, which is faster than one by one
-        run = max(1, 512 // qtype.block_bytes)
-        pool = pool[: len(pool) // run * run].reshape(len(pool) // run, -1)
-        largest = max(nbytes)
-        # the last window has to fit too; a quarter more lets most tensors start somewhere else
-        count = -(-(largest + max(largest // 4, len(nbytes) * step)) // pool.shape[1])
-        data = np.empty((count, pool.shape[1]), np.uint8)
-        piece = max(1, (1 << 24) // pool.shape[1])
-        for start in range(0, count, piece):
-            part = data[start : start + piece]
-            np.take(pool, rng.integers(0, len(pool), len(part), np.int32), axis=0, out=part, mode="clip")
-        return cls(data.reshape(-1), step)
+    def of(cls, qtype: QType, columns: int, blocks: NDArray[np.uint8], seed: int) -> _RandomRows:
+        """Runs as long as copying likes them, of which a row is a whole number."""
+        row_blocks = columns // qtype.block_elements
+        most = max(1, _RUN_BYTES // qtype.block_bytes)
+        length = max(count for count in range(1, min(most, row_blocks) + 1) if row_blocks % count == 0)
+        runs = blocks[: len(blocks) // length * length].reshape(-1, length * qtype.block_bytes)
+        return cls(runs, row_blocks // length, seed)
 
-    def window(self, nbytes: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-        """`nbytes` of it from a random block on."""
-        start = int(rng.integers(0, (len(self.data) - nbytes) // self.step + 1)) * self.step
-        return self.data[start : start + nbytes]
+    def __call__(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Rows [start, stop), see `MakeRows`."""
+        places = np.arange(start * self.runs_a_row, stop * self.runs_a_row, dtype=np.uint64)
+        drawn = (_mixed(places + np.uint64(self.seed)) % np.uint64(len(self.runs))).astype(np.intp)
+        return np.take(self.runs, drawn, axis=0).reshape(stop - start, -1)
+
+
+def _mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Neighbouring numbers to numbers that look random: the finaliser of SplitMix64 (Steele et al., 2014)."""
+    mixed = numbers * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))

@@ -26,7 +26,7 @@ class HostUpload:
         missing = list(resident.missing())
         view = resident.arena.host_view()
         assert view is not None, "a host arena can be written by the host"
-        total = sum(planned.source().nbytes for _, planned in missing)
+        total = sum(planned.source_bytes for _, planned in missing)
         done = written = 0
 
         def store(index: int) -> int:
@@ -45,7 +45,7 @@ class HostUpload:
                     index = future.result()
                     resident.mark(index)
                     planned = resident.plan.weights[index]
-                    done += planned.source().nbytes
+                    done += planned.source_bytes
                     written += planned.nbytes
                     emit(UploadProgress(strategy=self.name, done_bytes=done, total_bytes=total))
             finally:

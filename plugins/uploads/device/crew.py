@@ -49,6 +49,7 @@ def run_crew(
     threads: int,
     name: str,
     done: Callable[[Done], None],
+    stop: Callable[[], None] | None = None,
 ) -> None:
     """Run `work` on each of `threads` threads until the jobs are used up.
 
@@ -61,6 +62,7 @@ def run_crew(
         threads: how many.
         name: theirs, with a number.
         done: called on the calling thread.
+        stop: called when no more jobs are given out, to let threads go that wait for something else.
 
     """
     shared = _Shared(iter(jobs))
@@ -90,6 +92,8 @@ def run_crew(
                 raise report.error
     finally:
         shared.stop()
+        if stop is not None:
+            stop()
         _join(crew)
 
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 from attrs import define, field
+from numpy.typing import NDArray
 
 from mortice.core.errors import PluginError, UnsupportedError
 from mortice.core.model.residency import DeviceArena, Intake, RawRows, ResidentWeights
-from mortice.core.model.weight_plan import PlannedWeight
+from mortice.core.model.weight_plan import PlannedWeight, WeightPlan
 from mortice.core.plugin.events import UploadProgress
 from mortice.core.plugin.interfaces import Emit
+from mortice.plugins.uploads.device.crew import cores, run_crew
 
 __all__ = ["Arrived", "DeviceUpload", "Way", "upload_by"]
+
+_REPORTS = 200
+"""Progress events of an upload, about: observers run on a core that the threads could use."""
+
+_MOST_MAKERS = 16
 
 Arrived = Callable[[Sequence[RawRows]], None]
 """Told on the calling thread which rows have left host memory."""
@@ -61,28 +68,61 @@ def upload_by(way: Way, resident: ResidentWeights, emit: Emit) -> int:
     arena = resident.arena
     if not isinstance(arena, DeviceArena):
         raise UnsupportedError(f"upload.strategy {way.name!r}: the executor's {type(arena).__name__} takes no raw rows")
-    total = sum(planned.source().nbytes for _, planned in missing)
-    done = 0
+    total = sum(planned.source_bytes for _, planned in missing)
+    done = told = 0
 
     def arrived(parts: Sequence[RawRows]) -> None:
-        nonlocal done
+        nonlocal done, told
         done += sum(part.data.nbytes for part in parts)
-        emit(UploadProgress(strategy=way.name, done_bytes=done, total_bytes=total))
+        if done == total or done - told >= total / _REPORTS:
+            told = done
+            emit(UploadProgress(strategy=way.name, done_bytes=done, total_bytes=total))
 
     with arena.receive(resident.plan) as intake:
-        rows = []
+        rows, made = [], []
         for index, planned in missing:
+            raw = intake.row_step(index) is not None
+            if raw and planned.tensor.make is not None:
+                made.append(index)
+                continue
             part = RawRows(index=index, row_start=0, data=planned.source())
-            if intake.row_step(index) is not None:
+            if raw:
                 rows.append(part)
                 continue
-            arena.write(planned.offset, _laid_out(planned))
+            arena.write(planned.offset, _laid_out(planned, part.data))
             arrived([part])
-        way.move(resident, intake, rows, arrived)
+        if rows:
+            way.move(resident, intake, rows, arrived)
+        send_made(resident.plan, intake, made, arrived)
         intake.finish()
     for index, _ in missing:
         resident.mark(index)
     return sum(planned.nbytes for _, planned in missing)
+
+
+def send_made(plan: WeightPlan, intake: Intake, indices: Sequence[int], arrived: Arrived) -> None:
+    """Send the weights `indices`, which no file holds as they are wanted, in pieces that are made on several threads.
+
+    Each thread holds one piece of at most `Intake.capacity` bytes. That is ordinary memory: making rows takes far
+    longer than copying them.
+    """
+    pieces: list[tuple[int, int, int]] = []
+    for index in indices:
+        planned, step = plan.weights[index], intake.row_step(index)
+        assert step is not None, "weights that the host lays out are not sent"
+        row_bytes = planned.source_bytes // planned.rows
+        count = max(1, intake.capacity // (step * row_bytes)) * step
+        starts = range(0, planned.rows, count)
+        pieces += [(index, start, min(start + count, planned.rows)) for start in starts]
+
+    def work(jobs: Iterator[tuple[int, int, int]]) -> Iterator[Sequence[RawRows]]:
+        for index, start, stop in jobs:
+            part = RawRows(index=index, row_start=start, data=plan.weights[index].source_rows(start, stop))
+            intake.send([part]).wait()
+            yield [part]
+
+    threads = min(len(pieces), cores(), _MOST_MAKERS)
+    run_crew(work, pieces, threads=threads, name="mortice-upload", done=arrived)
 
 
 def _place_in_file(planned: PlannedWeight) -> tuple[str, int, int]:
@@ -90,10 +130,10 @@ def _place_in_file(planned: PlannedWeight) -> tuple[str, int, int]:
     return str(planned.tensor.path), planned.tensor.offset, planned.weight.row_start
 
 
-def _laid_out(planned: PlannedWeight) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+def _laid_out(planned: PlannedWeight, source: NDArray[np.uint8]) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
     out = np.empty(planned.nbytes, np.uint8)
     try:
-        planned.layout.store(planned.source(), planned.columns, out)
+        planned.layout.store(source, planned.columns, out)
     except PluginError as error:
         raise PluginError(f"{planned.tensor.name}: {error}") from error
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,13 @@ from attrs import evolve
 
 from mortice.core.errors import DoesNotFitError, UnsupportedError
 from mortice.core.model.residency import RawRows, ResidentWeights
-from mortice.core.model.weight_plan import WeightPlan
+from mortice.core.model.weight_plan import ALIGNMENT, WeightPlan
 from mortice.plugins.executors.cuda import arena as arena_module
 from mortice.plugins.executors.cuda.arena import CudaArena, repack_source
 from mortice.plugins.executors.cuda.device import Device, open_device
 from mortice.plugins.executors.cuda.errors import CudaError
 from mortice.plugins.executors.cuda.layouts import TileLayout, tile_geometry
+from mortice.plugins.executors.cuda.module import Int, Pointer
 from mortice.plugins.executors.cuda.nvrtc import compile_cubin
 from mortice.plugins.uploads.device import mortice_upload_strategies
 from tests.plugins.uploads.fakes import open_model, plan_for_cuda
@@ -112,19 +114,19 @@ def test_a_part_of_a_weight_is_laid_out_behind_the_part_before_it(
     geometry = tile_geometry(planned.tensor.qtype, planned.rows, planned.columns)
     half = planned.rows // 2
     arguments: list[tuple[int, ...]] = []
+
+    def noting(config: Any, kernel: Any, pointers: int, extra: int) -> tuple[int]:
+        raw, tiles, groups = (ctypes.c_void_p * 3).from_address(pointers)
+        values = (Pointer.from_address(raw).value, Pointer.from_address(tiles).value, Int.from_address(groups).value)
+        arguments.append(values)
+        return (0,)
+
+    api.cuLaunchKernelEx = noting  # type: ignore[attr-defined]
     with arena.receive(plan) as intake:
-        launch = intake._launches[intake._weights[index].tiling]
-        queued = launch._launch
-
-        def noting(*args: Any) -> Any:
-            arguments.append(tuple(arg.value for arg in launch.args))
-            return queued(*args)
-
-        launch._launch = noting
         assert intake.row_step(index) == geometry.tile_rows
         data = planned.source()
         intake.send([RawRows(index=index, row_start=start, data=data[start : start + half]) for start in (0, half)])
-        ring = intake._slots[0].address
+        ring = intake._lanes[0].address
     groups, start = geometry.row_groups // 2, arena.address + planned.offset
     assert arguments == [(ring, start, groups), (ring + data.nbytes // 2, start + planned.nbytes // 2, groups)]
 
@@ -146,7 +148,6 @@ def test_vectors_are_left_to_the_host(arena: CudaArena, plan: WeightPlan) -> Non
         "cuMemcpyHtoDAsync",
         "cuLaunchKernelEx",
         "cuEventRecord",
-        "cuStreamWaitEvent",
         "cuEventSynchronize",
     ],
 )
@@ -166,7 +167,7 @@ def test_no_room_for_bytes_in_passing_is_said_before_anything_is_pinned(
     api: FakeDriverApi, arena: CudaArena, plan: WeightPlan
 ) -> None:
     api.failures["cuMemAlloc"] = 2
-    with pytest.raises(DoesNotFitError, match=r"67,108,864 bytes of device memory needed"), arena.receive(plan):
+    with pytest.raises(DoesNotFitError, match=r"100,663,296 bytes of device memory needed"), arena.receive(plan):
         pass
     assert not api.called("cuMemHostAlloc")
 
@@ -192,6 +193,66 @@ def test_memory_that_the_driver_refuses_to_register_is_named(
     api.failures["cuMemHostRegister"] = 801
     with arena.receive(plan) as intake, pytest.raises(UnsupportedError, match=r"^4,096 bytes of host memory cannot be"):
         intake.register(1 << 20, 4096, read_only=True)
+
+
+def test_pinned_memory_can_be_filled_and_is_given_back_once(
+    api: FakeDriverApi, arena: CudaArena, plan: WeightPlan
+) -> None:
+    with arena.receive(plan) as intake:
+        buffer = intake.pin(10_000)
+        assert buffer.array.nbytes >= 10_000
+        assert buffer.array.ctypes.data % 4096 == 0
+        assert api.called("cuMemHostRegister") == [[buffer.array.ctypes.data, 12288, 3]]  # whole pages
+        buffer.array[:] = 7
+        buffer.close()
+        buffer.close()
+    check_given_back(api)
+
+
+def test_where_memory_cannot_be_registered_the_driver_is_asked_for_some(
+    api: FakeDriverApi, arena: CudaArena, plan: WeightPlan
+) -> None:
+    arena.device.properties = evolve(arena.device.properties, host_register=False)
+    with arena.receive(plan) as intake:
+        buffer = intake.pin(10_000)
+        buffer.array[:] = 7
+        buffer.close()
+    assert len(api.called("cuMemHostAlloc")) == 1
+    check_given_back(api)
+
+
+def test_memory_that_cannot_be_pinned_is_said_with_its_size(
+    api: FakeDriverApi, arena: CudaArena, plan: WeightPlan
+) -> None:
+    api.failures["cuMemHostRegister"] = 2
+    with arena.receive(plan) as intake, pytest.raises(DoesNotFitError, match=r"^10,000 bytes of pinned host memory"):
+        intake.pin(10_000)
+
+
+def test_parts_that_will_lie_as_they_do_go_in_one_copy(api: FakeDriverApi, arena: CudaArena, plan: WeightPlan) -> None:
+    index, planned = next((i, p) for i, p in enumerate(plan.weights) if isinstance(p.layout, TileLayout))
+    rows = tile_geometry(planned.tensor.qtype, planned.rows, planned.columns).tile_rows
+    row_bytes = planned.source().shape[1]
+    place = -(-rows * row_bytes // ALIGNMENT) * ALIGNMENT
+    memory = np.zeros(3 * place, np.uint8)
+
+    def part(number: int, at: int) -> RawRows:
+        data = memory[at : at + rows * row_bytes].reshape(rows, row_bytes)
+        return RawRows(index=index, row_start=number * rows, data=data)
+
+    start = memory.ctypes.data
+    with arena.receive(plan) as intake:
+        api.calls.clear()
+        intake.send([part(0, 0), part(1, place)])
+        assert [(host - start, nbytes) for _, host, nbytes, _ in api.called("cuMemcpyHtoDAsync")] == [
+            (0, place + rows * row_bytes)
+        ]
+        api.calls.clear()
+        intake.send([part(0, place), part(1, 0)])
+        assert [(host - start, nbytes) for _, host, nbytes, _ in api.called("cuMemcpyHtoDAsync")] == [
+            (place, rows * row_bytes),
+            (0, rows * row_bytes),
+        ]
 
 
 @needs_nvrtc

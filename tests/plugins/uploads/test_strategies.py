@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from attrs import evolve
 
-from mortice.core.errors import DeviceError, DoesNotFitError, PluginError, UnsupportedError
+from mortice.core.errors import DeviceError, DoesNotFitError, ModelFileError, PluginError, UnsupportedError
 from mortice.core.model.residency import RawRows, ResidentWeights, batches
 from mortice.core.model.types import ModelFile
 from mortice.core.model.weight_plan import ALIGNMENT, WeightPlan
@@ -160,6 +160,19 @@ def test_pinned_rows_leave_from_pinned_memory_only(plan: WeightPlan) -> None:
     assert set(arena_of(resident).sources) == {"pinned"}
 
 
+def test_pinned_reads_the_file_and_says_where_it_was_cut_short(tmp_path: Path) -> None:
+    with open_model(tmp_path) as file:
+        plan = plan_for_cuda(file)
+        resident = resident_of(plan)
+        last = max(plan.weights, key=lambda planned: planned.tensor.offset).tensor
+        assert len(last.shape) == 2
+        end = last.offset + last.nbytes - 16  # on the last page, so that the mapping can still be read
+        os.truncate(file.path, end)
+        with pytest.raises(ModelFileError, match=rf"model.gguf: byte {end}: the file ends, 16 more bytes were there"):
+            STRATEGIES["pinned"].upload(resident, silent)
+        check_given_back(arena_of(resident))
+
+
 def test_mapped_rows_leave_from_registered_pages_but_for_those_across_two_windows(plan: WeightPlan) -> None:
     resident = resident_of(plan)
     SMALL_WINDOWS.upload(resident, silent)
@@ -169,7 +182,7 @@ def test_mapped_rows_leave_from_registered_pages_but_for_those_across_two_window
 
 
 def test_mapped_refuses_a_model_in_memory() -> None:
-    with synth_model("SmolLM2-135M", "Q8_0", layers=1) as file:
+    with synth_model("SmolLM2-135M", "Q8_0", layers=1, stored=True) as file:
         resident = resident_of(plan_for_cuda(file))
         with pytest.raises(
             UnsupportedError, match=r"^upload.strategy 'mapped': .* is in memory, wanted a mapped file$"
@@ -178,9 +191,10 @@ def test_mapped_refuses_a_model_in_memory() -> None:
         check_given_back(arena_of(resident))
 
 
+@pytest.mark.parametrize("stored", [True, False])
 @pytest.mark.parametrize("name", ["pinned", "pageable", "measured"])
-def test_a_model_in_memory_whose_tensors_overlap_is_uploaded(name: str) -> None:
-    with synth_model("SmolLM2-135M", "Q8_0", layers=1) as file:
+def test_a_model_that_is_no_file_is_uploaded(name: str, stored: bool) -> None:
+    with synth_model("SmolLM2-135M", "Q8_0", layers=1, stored=stored) as file:
         plan = plan_for_cuda(file)
         resident = resident_of(plan, capacity=1 << 20)
         STRATEGIES[name].upload(resident, silent)
@@ -264,13 +278,23 @@ def test_no_more_threads_than_there_is_work_for(cores: int, plan: WeightPlan, mo
     seen: set[str] = set()
 
     def look(name: str, before: int) -> None:
-        if name == "send":
+        if name == "pin":
             seen.update(thread.name for thread in upload_threads())
 
     STRATEGIES["pinned"].upload(resident_of(plan, look, capacity=1 << 30), silent)
     assert seen == {"mortice-upload-0"}
     STRATEGIES["pinned"].upload(resident_of(plan, look), silent)
     assert len(seen) <= max(2, cores)
+
+
+@pytest.mark.parametrize("cores", [1, 4])
+def test_no_more_is_pinned_than_a_buffer_for_each_thread_and_two_under_way(
+    cores: int, plan: WeightPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mortice.plugins.uploads.device.pinned.cores", lambda: cores)
+    resident = resident_of(plan, capacity=16 * 1024)
+    STRATEGIES["pinned"].upload(resident, silent)
+    assert 1 <= arena_of(resident).calls["pin"] <= max(2, cores) + 2
 
 
 def test_batches_hold_every_row_once_and_never_too_much(plan: WeightPlan) -> None:
