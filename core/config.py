@@ -42,13 +42,16 @@ class ModelConfig:
     """Which model.
 
     Attributes:
-        path: the model file; relative to the config file it stands in.
+        path: the model file or folder; relative to the config file it stands in.
         contract: a contract in TOML to use instead of the registered one; relative to the config file.
+        quantize: the type that matrices of F32, F16 and BF16 are quantised to while they are uploaded (``Q8_0``,
+            ``Q4_0``, or a plugin's); ``none`` leaves them as they are.
 
     """
 
     path: Path | None = field(default=None, converter=converters.optional(Path))
     contract: Path | None = field(default=None, converter=converters.optional(Path))
+    quantize: str = "none"
 
 
 @frozen(kw_only=True)
@@ -93,9 +96,10 @@ class ExecutorConfig:
     Attributes:
         name: an executor's name, or ``auto``: CUDA where a usable GPU is, else the reference.
         context: tokens a sequence may hold; 0 takes the model's own context, at most 4096.
-        kv: the type of the KV cache; ``auto`` is the executor's own choice.
-        activations: what products with quantised weights take: ``int8`` (fast, rounded) or ``f32``; ``auto`` is the
-            executor's own choice.
+        kv: the type of the KV cache; ``auto`` is the executor's own choice. ``q8_0`` takes 34 bytes for 32 elements
+            and wants heads of a multiple of 32 elements.
+        activations: what products with quantised weights take: ``int8`` (fast, rounded; half precision where a GPU
+            multiplies several rows) or ``f32``; ``auto`` is the executor's own choice.
         step_tokens: the most tokens fed at once; longer prompts are fed in several steps.
 
     """
@@ -104,7 +108,7 @@ class ExecutorConfig:
     context: int = field(default=0, validator=_at_least(0))
     kv: Literal["auto", "f32", "f16", "q8_0"] = "auto"
     activations: Literal["auto", "f32", "int8"] = "auto"
-    step_tokens: int = field(default=512, validator=_at_least(1))
+    step_tokens: int = field(default=2048, validator=_at_least(1))
 
 
 @frozen(kw_only=True)

@@ -22,7 +22,7 @@ from mortice.core.config_keys import config_keys, tables, variable_of
 from mortice.core.errors import ConfigError
 from mortice.core.text_file import read_small_text, require_utf8
 
-__all__ = ["OTHER_VARIABLES", "EffectiveConfig", "Flag", "Origin", "read_config", "resolve_config"]
+__all__ = ["OTHER_VARIABLES", "EffectiveConfig", "Flag", "Origin", "config_from", "read_config", "resolve_config"]
 
 OTHER_VARIABLES = {
     "MORTICE_CACHE": "folder for compiled kernels",
@@ -94,6 +94,18 @@ def read_config(path: str | Path, environment: Mapping[str, str] | None = None) 
     return resolve_config(Path(path), environment or {}).config
 
 
+def config_from(document: Mapping[str, Any], where: str) -> RunConfig:
+    """The config that tables of values, read from somewhere else than TOML, make; `where` names it in errors.
+
+    Raises:
+        ConfigError: listing every mistake.
+
+    """
+    layers = _Layers()
+    layers.add_document(document, where)
+    return layers.result().config
+
+
 def resolve_config(
     file: Path | None = None, environment: Mapping[str, str] | None = None, flags: Iterable[Flag] = ()
 ) -> EffectiveConfig:
@@ -134,15 +146,18 @@ class _Layers:
             document = parse_toml(read_small_text(path, ConfigError))
         except ValueError as error:
             raise ConfigError(f"{path}: {error}") from None
-        origin = Origin("file", str(path))
+        self.add_document(document, str(path), path.parent)
+
+    def add_document(self, document: Mapping[str, Any], where: str, base: Path | None = None) -> None:
+        origin = Origin("file", where)
         for table, content in document.items():
             if table not in tables():
-                self.wrong.append(f"{path}: {_unknown(table, content)}")
+                self.wrong.append(f"{where}: {_unknown(table, content)}")
             elif not isinstance(content, dict):
-                self.wrong.append(f"{path}: {table}: wanted a table, found {content!r}")
+                self.wrong.append(f"{where}: {table}: wanted a table, found {content!r}")
             else:
                 for name, value in content.items():
-                    self.add(f"{table}.{name}", value, origin, f"{path}: {table}.{name}", path.parent)
+                    self.add(f"{table}.{name}", value, origin, f"{where}: {table}.{name}", base)
 
     def add_environment(self, environment: Mapping[str, str]) -> None:
         known = {variable_of(key): key for key in config_keys()}

@@ -25,7 +25,7 @@ from mortice.core.model.residency import ResidentWeights, bind
 from mortice.core.model.types import ModelFile
 from mortice.core.model.validation import ValidatedModel
 from mortice.core.model.weight_plan import FitReport, WeightPlan, plan_weights
-from mortice.core.plugin.interfaces import Executor, Runtime, RuntimeSettings, UploadStrategy
+from mortice.core.plugin.interfaces import Executor, Prepares, Runtime, RuntimeSettings, UploadStrategy
 from mortice.core.plugin.registry import Registry
 from mortice.core.session import Session
 from mortice.core.stages import (
@@ -34,6 +34,7 @@ from mortice.core.stages import (
     choose_upload,
     open_file,
     plan_and_fit,
+    quantize_opened,
     registry_for,
     runtime_settings,
     supports,
@@ -69,6 +70,7 @@ def prepare(config: RunConfig, registry: Registry | None = None, *, require_fit:
 def prepare_opened(config: RunConfig, registry: Registry, file: ModelFile, *, require_fit: bool = True) -> Pipeline:
     """`prepare` for a model that is open, or was made in memory; `file` is closed with the pipeline, or on an error."""
     try:
+        file = quantize_opened(registry, file, config.model.quantize)
         model = validate_opened(registry, file, config.model.contract).model()
         program = build_program(model)
         _check_parameters(config, program)
@@ -173,6 +175,9 @@ class Pipeline:
         with self.lock:
             if self._resident is None:
                 self.fit.require()
+                if isinstance(self.executor, Prepares):
+                    with self.registry.naming(self.executor, "prepare"):
+                        self.executor.prepare(self.plan, self.settings)
                 self._resident = ResidentWeights(plan=self.plan, arena=self.executor.allocate(self.plan.arena_bytes))
             moved = 0
             if not self._resident.complete:
@@ -208,10 +213,7 @@ class Pipeline:
             if self._tokenizer is None:
                 from mortice.core.text.tokenizer import Tokenizer
 
-                file = self.model.file
-                self._tokenizer = Tokenizer.from_metadata(
-                    file.metadata, origin=str(file.path), max_tokens=self.settings.context_length
-                )
+                self._tokenizer = Tokenizer.of(self.model.file, max_tokens=self.settings.context_length)
             tokenizer: Tokenizer = self._tokenizer
             return tokenizer
 

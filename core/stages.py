@@ -11,7 +11,8 @@ from mortice.arch_contracts.schema import Contract, ContractFormatError, parse_c
 from mortice.core.config import RunConfig
 from mortice.core.errors import ConfigError, ContractError, DeviceError, UnsupportedError
 from mortice.core.model.program import Program
-from mortice.core.model.text_check import template_findings
+from mortice.core.model.quantize_at_load import FLOATS, quantized
+from mortice.core.model.template_check import template_findings
 from mortice.core.model.types import DeviceInfo, ModelFile
 from mortice.core.model.validation import ValidatedModel, ValidationReport, validate
 from mortice.core.model.weight_plan import FitReport, WeightPlan, fit_report, plan_weights
@@ -27,10 +28,12 @@ __all__ = [
     "choose_upload",
     "open_file",
     "plan_and_fit",
+    "quantize_opened",
     "read_contract",
     "registry_for",
     "runtime_settings",
     "supports",
+    "try_open_file",
     "validate_file",
     "validate_opened",
 ]
@@ -50,10 +53,38 @@ def open_file(registry: Registry, path: Path | None) -> ModelFile:
     if path is None:
         raise ConfigError("model.path: no model given; pass --model FILE or set it in the config")
     started = time.perf_counter()
-    file = registry.open_model(path)
+    return _told(registry, registry.open_model(path), started)
+
+
+def try_open_file(registry: Registry, path: Path) -> ModelFile | None:
+    """Like `open_file`, but None for what no loader takes."""
+    started = time.perf_counter()
+    file = registry.try_open_model(path)
+    return None if file is None else _told(registry, file, started)
+
+
+def _told(registry: Registry, file: ModelFile, started: float) -> ModelFile:
     seconds = time.perf_counter() - started
     registry.emit(ModelOpened(path=file.path, loader=file.loader, tensors=len(file.tensors), seconds=seconds))
     return file
+
+
+def quantize_opened(registry: Registry, file: ModelFile, name: str) -> ModelFile:
+    """The file with its matrices quantised to the type `name`, or as it is for ``none``; it takes `file` over.
+
+    Raises:
+        ConfigError: for a type that nothing here can quantise to.
+
+    """
+    if name == "none":
+        return file
+    types = {key: provided.value for key, provided in registry.qtypes.items()}
+    able = sorted(key for key, type_ in types.items() if type_.quantize is not None)
+    quantize = types[name].quantize if name in able else None
+    if quantize is None:
+        raise ConfigError(f"model.quantize: unknown {name!r}; have none, {', '.join(able)}")
+    dequantize = {key: type_.dequantize for key, type_ in types.items() if key in FLOATS}
+    return quantized(file, types[name].qtype, quantize, dequantize)
 
 
 def validate_opened(
@@ -61,7 +92,7 @@ def validate_opened(
 ) -> ValidationReport:
     """Hold an opened file against its contract, plugins' findings included; a chat template's only when asked for."""
     contract = read_contract(contract_path) if contract_path is not None else registry.contract_for(file)
-    extra = list(registry.findings(file, contract))
+    extra = [*file.notes, *registry.findings(file, contract)]
     if check_template:  # starts a process; what is only run is spared that
         extra += template_findings(file)
     report = validate(file, contract, extra)

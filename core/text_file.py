@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mortice.core.errors import InputError
 
-__all__ = ["MAX_BYTES", "kind_of", "oddity", "read_small_text", "require_utf8"]
+__all__ = ["MAX_BYTES", "beginning", "kind_of", "oddity", "read_small_text", "require_utf8"]
 
 MAX_BYTES = 1 << 20
 """Far more than any config or contract needs, and little enough to read at once."""
@@ -21,6 +21,21 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
     (stat.S_ISSOCK, "a socket"),
 )
+
+_SIGNS = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself: git lfs pull fetches it"),
+    (b"GGUF", "GGUF"),
+    (b"PK\x03\x04", "a ZIP archive, as PyTorch writes"),
+    (b"\x80\x02", "a Python pickle, as PyTorch wrote"),
+    (b"\x1f\x8b", "gzip"),
+    (b"\x28\xb5\x2f\xfd", "Zstandard"),
+    (b"<", "HTML or XML, as an error page that was saved"),
+    (b"{", "JSON"),
+    (b"ggjt", "the format before GGUF"),
+    (b"tjgg", "the format before GGUF"),
+    (b"lmgg", "the format before GGUF"),
+)
+_SHOWN_BYTES = 16
 
 
 def kind_of(mode: int) -> str:
@@ -39,6 +54,20 @@ def oddity(path: Path) -> str:
     return f" ({kind_of(found.st_mode)})"
 
 
+def beginning(path: Path) -> str:
+    """How a regular file begins, in bytes and, where it is a sign of something, in words; nothing for what is empty."""
+    try:
+        data = _read(path, InputError, len(_SIGNS[0][0]))
+    except (OSError, ValueError, InputError):
+        return ""
+    if not data:
+        return ""
+    sign = next((f": {words}" for magic, words in _SIGNS if data.startswith(magic)), "")
+    shown = data[:_SHOWN_BYTES]
+    text = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in shown)
+    return f"it begins with {shown.hex(' ')} ({text}){sign}"
+
+
 def read_small_text(path: Path, error: type[InputError]) -> str:
     """The text of a regular file of at most `MAX_BYTES`.
 
@@ -51,7 +80,7 @@ def read_small_text(path: Path, error: type[InputError]) -> str:
 
     """
     try:
-        data = _read(path, error)
+        data = _read(path, error, MAX_BYTES + 1)
     except (OSError, ValueError) as fault:  # ValueError: a null byte in the path
         reason = fault.strerror if isinstance(fault, OSError) else fault
         raise error(f"{path}: cannot be read: {reason}") from None
@@ -77,10 +106,10 @@ def require_utf8(text: str) -> None:
         raise ValueError(f"not UTF-8 at byte {offset}") from None
 
 
-def _read(path: Path, error: type[InputError]) -> bytes:
+def _read(path: Path, error: type[InputError], limit: int) -> bytes:
     # without O_NONBLOCK the open of a FIFO waits for a writer
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as stream:
         mode = os.fstat(stream.fileno()).st_mode
         if not stat.S_ISREG(mode):
             raise error(f"{path}: cannot be read: wanted a regular file, found {kind_of(mode)}")
-        return stream.read(MAX_BYTES + 1)
+        return stream.read(limit)

@@ -7,8 +7,8 @@ from attrs import evolve
 from mortice.core.cli.flags import (
     ConfigFile,
     ConfigFlags,
-    ContractFlag,
     ExecutorFlags,
+    FileFlags,
     ModelPath,
     OutputFlags,
     PluginFlags,
@@ -27,7 +27,7 @@ def fit(
     /,
     *,
     config: ConfigFile = None,
-    contract: ContractFlag | None = None,
+    model: FileFlags | None = None,
     executor: ExecutorFlags | None = None,
     plugins: PluginFlags | None = None,
     any_key: ConfigFlags | None = None,
@@ -40,7 +40,7 @@ def fit(
     """
     output = output or OutputFlags()
     screen = Screen(json=output.json, quiet=output.quiet)
-    chosen = settings(config, contract, executor, plugins, any_key).config
+    chosen = settings(config, model, executor, plugins, any_key).config
     chosen = evolve(chosen, model=evolve(chosen.model, path=file))
     with planned(screen, chosen) as pipeline:
         report = pipeline.fit

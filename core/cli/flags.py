@@ -29,6 +29,7 @@ __all__ = [
     "ConfigOrModel",
     "ContractFlag",
     "ExecutorFlags",
+    "FileFlags",
     "GenerationFlags",
     "ModelFlags",
     "ModelPath",
@@ -56,17 +57,18 @@ ConfigFile = Annotated[
 ConfigOrModel = Annotated[
     Path | None,
     Parameter(
-        help="A config file in TOML, whose keys flags override; or a model file, as if given by --model.",
+        help="A config file in TOML, whose keys flags override; or a model, as if given by --model.",
         converter=_path,
         n_tokens=1,
     ),
 ]
-ModelPath = Annotated[Path, Parameter(help="A model file.", converter=_path, n_tokens=1)]
+ModelPath = Annotated[Path, Parameter(help="A model file or folder.", converter=_path, n_tokens=1)]
 
 FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "model.path": ("--model", "-m"),
         "model.contract": ("--contract",),
+        "model.quantize": ("--quantize",),
         "prompt.text": ("--prompt", "-p"),
         "prompt.system": ("--system",),
         "prompt.chat": ("--chat",),
@@ -191,7 +193,15 @@ class ContractFlag:
 
 @Parameter(name="*", group="Model")
 @frozen(kw_only=True)
-class ModelFlags(ContractFlag):
+class FileFlags(ContractFlag):
+    """How a file is taken."""
+
+    model_quantize: Annotated[str | None, _flag("model.quantize")] = None
+
+
+@Parameter(name="*", group="Model")
+@frozen(kw_only=True)
+class ModelFlags(FileFlags):
     """Which model."""
 
     model_path: Annotated[Path | None, _flag("model.path")] = None
@@ -257,7 +267,7 @@ def config_or_model(file: Path | None, model: ModelFlags | None) -> tuple[Path |
         ConfigError: when it is a model, and ``--model`` gives another.
 
     """
-    if file is None or not _is_binary(file):
+    if file is None or not (_is_binary(file) or file.is_dir()):
         return file, model
     model = model or ModelFlags()
     if model.model_path is not None:

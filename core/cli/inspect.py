@@ -11,7 +11,7 @@ from mortice.core.cli.findings import counts_text
 from mortice.core.cli.flags import (
     ConfigFile,
     ConfigFlags,
-    ContractFlag,
+    FileFlags,
     ModelPath,
     OutputFlags,
     PluginFlags,
@@ -35,7 +35,7 @@ def inspect(
     /,
     *,
     config: ConfigFile = None,
-    contract: ContractFlag | None = None,
+    model: FileFlags | None = None,
     plugins: PluginFlags | None = None,
     any_key: ConfigFlags | None = None,
     output: OutputFlags | None = None,
@@ -45,13 +45,14 @@ def inspect(
     Works on files of unknown architectures, too. No tensor is read.
 
     """
-    from mortice.core.stages import open_file, registry_for
+    from mortice.core.stages import open_file, quantize_opened, registry_for
 
     output = output or OutputFlags()
     screen = Screen(json=output.json, quiet=output.quiet)
-    chosen = settings(config, contract, plugins, any_key).config
+    chosen = settings(config, model, plugins, any_key).config
     registry = registry_for(chosen)
-    with open_file(registry, file) as opened:
+    quantize = chosen.model.quantize
+    with open_file(registry, file) as stored, quantize_opened(registry, stored, quantize) as opened:
         served = _served(registry, opened, chosen.model.contract)
         types = _types(opened)
         screen.result({**_file_dict(opened), "types": types, **served})

@@ -19,12 +19,17 @@ from cyclopts import App, CycloptsError
 from mortice.core.cli.bench import bench
 from mortice.core.cli.chat import chat
 from mortice.core.cli.config import init, schema, show
+from mortice.core.cli.contract import derive, diff
+from mortice.core.cli.contract import show as show_contract
 from mortice.core.cli.fit import fit
 from mortice.core.cli.flags import source_of
 from mortice.core.cli.inspect import inspect
 from mortice.core.cli.parity import parity
-from mortice.core.cli.plugins import list_plugins
+from mortice.core.cli.plugins import list_plugins, show_plugin
+from mortice.core.cli.plugins_check import check_plugin
+from mortice.core.cli.plugins_new import new_plugin
 from mortice.core.cli.render import json_text, printable
+from mortice.core.cli.replay import replay
 from mortice.core.cli.run import run
 from mortice.core.cli.synth import synth
 from mortice.core.cli.tokenize import tokenize
@@ -49,17 +54,25 @@ def make_app() -> App:
         help_flags=("--help", "-h"),
         help_format="plaintext",
     )
-    commands: list[Callable[..., int]] = [run, chat, validate, inspect, tokenize, fit, bench, parity, synth]
+    commands: list[Callable[..., int]] = [run, replay, chat, validate, inspect, tokenize, fit, bench, parity, synth]
     for command in commands:
         app.command(command)
     plugins = App(name="plugins", help="What is installed, and what it gives.")
     plugins.command(list_plugins, name="list")
+    plugins.command(show_plugin, name="show")
+    plugins.command(check_plugin, name="check")
+    plugins.command(new_plugin, name="new")
     app.command(plugins)
     config = App(name="config", help="Write, explain and check a config.")
     commands = [init, schema, show]
     for command in commands:
         config.command(command)
     app.command(config)
+    contract = App(name="contract", help="Draft, compare and show architecture contracts.")
+    contract.command(derive)
+    contract.command(diff)
+    contract.command(show_contract, name="show")
+    app.command(contract)
     return app
 
 

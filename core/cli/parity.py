@@ -14,8 +14,8 @@ from cyclopts import Parameter
 from mortice.core.cli.flags import (
     ConfigFile,
     ConfigFlags,
-    ContractFlag,
     ExecutorFlags,
+    FileFlags,
     ModelPath,
     OutputFlags,
     PluginFlags,
@@ -66,7 +66,7 @@ def parity(
         Path | None, Parameter(help="Draw errors by layer and kind into this PNG file; needs matplotlib.")
     ] = None,
     config: ConfigFile = None,
-    contract: ContractFlag | None = None,
+    contract: FileFlags | None = None,
     executor: ExecutorFlags | None = None,
     plugins: PluginFlags | None = None,
     any_key: ConfigFlags | None = None,

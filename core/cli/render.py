@@ -98,8 +98,17 @@ class Screen:
         if self.quiet:
             yield
         elif sys.stderr.isatty():
-            with _bar(observers):
-                yield
+            with _bar("upload") as show:
+
+                def show_event(event: Event) -> None:
+                    if isinstance(event, UploadProgress):
+                        show(event.done_bytes, event.total_bytes)
+
+                observers.append(show_event)
+                try:
+                    yield
+                finally:
+                    observers.remove(show_event)
         else:
             started = time.perf_counter()
             last: list[UploadProgress] = []
@@ -116,6 +125,15 @@ class Screen:
             if last:
                 seconds = time.perf_counter() - started
                 self.note(f"upload: {size_text(last[0].total_bytes)} with {last[0].strategy} in {seconds:.2f} s")
+
+    @contextmanager
+    def byte_progress(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        """Show how much of something is done while inside: a bar on a terminal that goes away again, else nothing."""
+        if self.quiet or not sys.stderr.isatty():
+            yield lambda *_: None
+        else:
+            with _bar(title) as show:
+                yield show
 
     # standard output --------------------------------------------------------------------------------------------
 
@@ -184,26 +202,19 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str, *,
 
 
 @contextmanager
-def _bar(observers: list[Callable[[Event], None]]) -> Iterator[None]:
+def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal; what it gives is told the bytes done and those there are."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     progress = Progress(
-        TextColumn("upload"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
         console=Console(file=sys.stderr),
+        transient=title != "upload",
     )
-    task = progress.add_task("upload", total=None)
-
-    def show(event: Event) -> None:
-        if isinstance(event, UploadProgress):
-            progress.update(task, completed=event.done_bytes, total=event.total_bytes)
-
-    observers.append(show)
-    try:
-        with progress:
-            yield
-    finally:
-        observers.remove(show)
+    task = progress.add_task(title, total=None)
+    with progress:
+        yield lambda done, total: progress.update(task, completed=done, total=total)

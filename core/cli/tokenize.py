@@ -45,7 +45,7 @@ def tokenize(
     except ValueError as error:
         raise InputError(f"text: {error}") from None
     with open_file(registry_for(chosen), file) as opened:
-        tokenizer = Tokenizer.from_metadata(opened.metadata, origin=str(opened.path))
+        tokenizer = Tokenizer.of(opened)
         ids = tokenizer.encode(text, add_special=special, parse_special=special)
         pieces = [tokenizer.piece(token) for token in ids]
     screen.result({"ids": ids, "pieces": pieces, "count": len(ids)})

@@ -8,12 +8,12 @@ allow it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from attrs import define, field, frozen
 
 from mortice.core.errors import InputError, TokenizerError
-from mortice.core.model.types import MetadataValue
+from mortice.core.model.types import MetadataValue, ModelFile
 from mortice.core.text.encoders import BYTE_OF_CHAR, SPACE, Encoder, build_encoder
 from mortice.core.text.vocabulary import TokenType, Vocabulary
 
@@ -57,8 +57,28 @@ class Tokenizer:
             TokenizerError: the keys are missing, contradict each other, or name a kind that is not supported.
 
         """
+        return cls._built(lambda: Vocabulary.from_metadata(metadata), metadata, origin, max_tokens)
+
+    @classmethod
+    def of(cls, file: ModelFile, *, max_tokens: int | None = None) -> Tokenizer:
+        """The tokenizer of a model file; its vocabulary is not read again where validation has read it.
+
+        Raises:
+            TokenizerError: as `from_metadata` does.
+
+        """
+        return cls._built(lambda: Vocabulary.of(file), file.metadata, str(file.path), max_tokens)
+
+    @classmethod
+    def _built(
+        cls,
+        read: Callable[[], Vocabulary],
+        metadata: Mapping[str, MetadataValue],
+        origin: str,
+        max_tokens: int | None,
+    ) -> Tokenizer:
         try:
-            vocabulary = Vocabulary.from_metadata(metadata)
+            vocabulary = read()
             encoder = build_encoder(vocabulary)
         except TokenizerError as error:
             raise TokenizerError(f"{origin}: {error}" if origin else str(error)) from error

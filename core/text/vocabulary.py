@@ -15,7 +15,7 @@ from attrs import frozen
 from numpy.typing import NDArray
 
 from mortice.core.errors import TokenizerError
-from mortice.core.model.types import MetadataValue
+from mortice.core.model.types import MetadataValue, ModelFile
 from mortice.core.text.pretokenizers import PreTokenizer, pre_tokenizer
 
 __all__ = ["MAX_TOKEN_CHARS", "PREFIX", "TokenType", "Vocabulary"]
@@ -111,6 +111,19 @@ class Vocabulary:
     add_space_prefix: bool
     remove_extra_whitespaces: bool
     charsmap: bytes
+
+    @classmethod
+    def of(cls, file: ModelFile) -> Vocabulary:
+        """The vocabulary of a file, read and checked once: validation and the tokenizer share it.
+
+        Raises:
+            TokenizerError: as `from_metadata` does.
+
+        """
+        found = file.memo.get("vocabulary")
+        if not isinstance(found, cls):
+            found = file.memo["vocabulary"] = cls.from_metadata(file.metadata)
+        return found
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, MetadataValue]) -> Vocabulary:

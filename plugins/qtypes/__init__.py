@@ -51,6 +51,12 @@ _PLANES: Mapping[str, Planes] = {
     "IQ4_XS": iq4_xs_reference.planes,
 }
 
+_QUANTIZED_AT_LOAD = ("Q8_0", "Q4_0")
+"""Types that `gguf` quantises to as ggml's reference does, with no more to choose than the type."""
+
+_LARGEST = 8 * 65504
+"""Largest magnitude that these types hold, given by Q4_0's scale in float16; far above any weight."""
+
 _PIECE = 1 << 17
 """Elements dequantised at a time: 512 KiB of float32, so that the intermediates stay in the cache of a core."""
 
@@ -82,6 +88,29 @@ class _Dequantize:
         return values.reshape(len(rows), columns)
 
 
+@frozen
+class _Quantize:
+    """Rows of float32 to rows of bytes, bit for bit what ggml's own reference gives (``quantize_row_*_ref``)."""
+
+    qtype: QType
+
+    def __call__(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import quantize
+
+        ggml_type = GGMLQuantizationType(self.qtype.id)
+        blocks = values.reshape(-1, self.qtype.block_elements)
+        data = np.empty((len(blocks), self.qtype.block_bytes), np.uint8)
+        piece = _PIECE // self.qtype.block_elements
+        with np.errstate(over="ignore", invalid="ignore"):  # in blocks so small that their scale is 0 in float16
+            for start in range(0, len(blocks), piece):
+                part = blocks[start : start + piece]
+                if not np.abs(part).max() <= _LARGEST:  # so written, it is true of NaN
+                    raise FloatingPointError(f"found a value that is not finite or above {_LARGEST}")
+                data[start : start + len(part)] = quantize(part.reshape(1, -1), ggml_type).reshape(len(part), -1)
+        return data.reshape(len(values), self.qtype.row_bytes(values.shape[1]))
+
+
 @hookimpl
 def mortice_qtypes() -> Iterable[QuantizationType]:
     """Every GGML type that holds weights."""
@@ -92,6 +121,7 @@ def mortice_qtypes() -> Iterable[QuantizationType]:
             dequantize=_Dequantize(by_name[name]),
             traits=Path(__file__).parent / name.lower() / "traits.cuh" if name in _PLANES else None,
             planes=_PLANES.get(name),
+            quantize=_Quantize(by_name[name]) if name in _QUANTIZED_AT_LOAD else None,
         )
         for name in _WEIGHT_TYPES
     ]

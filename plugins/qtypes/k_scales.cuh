@@ -38,8 +38,8 @@ struct ScaleAndMinimum {
         return factors.x * static_cast<float>(scale * products) - factors.y * static_cast<float>(minimum * activations);
     }
 
-    __device__ __forceinline__ float4 apply4(uint32 integers) const {
-        return affine4(integers, factors.x * static_cast<float>(scale), -(factors.y * static_cast<float>(minimum)));
+    __device__ __forceinline__ float2 affine() const {
+        return make_float2(factors.x * static_cast<float>(scale), -(factors.y * static_cast<float>(minimum)));
     }
 
     // The 16 bytes of a tile from the 16 at the start of a block in the file.

@@ -20,17 +20,26 @@ import pytest
 from attrs import frozen
 
 from mortice.core.cli.main import main
+from tests.support.hf_folders import write_folder
 from tests.support.models import smollm2_path
+from tests.support.tiny import REGISTRY, open_file
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     "README.md",
     "docs/how-to/add-an-architecture.md",
+    "docs/how-to/derive-a-contract.md",
+    "docs/how-to/reproduce-a-run.md",
+    "docs/how-to/run-a-hugging-face-folder.md",
     "docs/how-to/run-from-a-config.md",
+    "docs/how-to/test-a-plugin.md",
+    "docs/how-to/validate-before-deployment.md",
     "docs/reference/cli.md",
     "docs/reference/python-api.md",
 ]
 RUN = ("python", "toml", "console")
+HF_FOLDER = "SmolLM2-135M-Instruct"
+"""The model as a folder, where a page speaks of it."""
 _FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -65,6 +74,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("page", PAGES)
 def test_the_examples_of_a_page_run(page: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {"__name__": "__main__"}
+    if f"run {HF_FOLDER} " in (ROOT / page).read_text(encoding="utf-8"):
+        with open_file(REGISTRY, folder / "model.gguf") as file:
+            write_folder(folder / HF_FOLDER, file, "BF16", shards=2)
     for block in blocks(page):
         where = f"{page}:{block.line}"
         if block.language == "python":

@@ -1,35 +1,23 @@
-"""Device layouts on a card: the repack kernel, the traits and the expansion of every type."""
+"""The expansion of every type on a card; the conformance suite runs repacking and the traits there."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from mortice.core.testing.random_rows import random_rows
 from mortice.plugins.executors.cuda.device import Device, open_device
+from mortice.plugins.executors.cuda.layouts import tile_geometry
 from mortice.plugins.executors.cuda.memory import DeviceBuffer
 from mortice.plugins.executors.cuda.module import Module
 from mortice.plugins.executors.cuda.nvrtc import Source, compile_cubin
 from mortice.plugins.executors.cuda.stream import Stream
-from tests.plugins.qtypes.blocks import (
-    NAMES,
-    OPS,
-    PROBE,
-    TYPES,
-    activations,
-    check_products,
-    check_values,
-    defines,
-    geometry_of,
-    kernel_text,
-    random_rows,
-    shapes,
-    stored,
-)
+from mortice.plugins.executors.cuda.type_trial import kernel_text, trial_defines, trial_shapes
+from tests.plugins.qtypes.blocks import NAMES, TYPES, stored
 from tests.support.cuda import needs_gpu, needs_nvrtc
 
 pytestmark = [pytest.mark.gpu, needs_gpu, needs_nvrtc]
@@ -54,9 +42,9 @@ def stream(device: Device) -> Iterator[Stream]:
     made.close()
 
 
-def load(device: Device, name: str, shape: Shape, file: Path, **macros: str) -> Module:
+def load(device: Device, name: str, shape: Shape, file: str, **macros: str) -> Module:
     text = kernel_text(TYPES[name], file)
-    source = Source(name=file.name, text=text, defines={**defines(TYPES[name], *shape), **macros})
+    source = Source(name=file, text=text, defines={**trial_defines(TYPES[name], *shape), **macros})
     return device.load(compile_cubin(source, device.arch).cubin)
 
 
@@ -83,40 +71,7 @@ def sent(device: Device, stream: Stream, array: NDArray[np.generic]) -> DeviceBu
 
 
 def each_shape() -> list[tuple[str, Shape]]:
-    return [(name, shape) for name in NAMES for shape in shapes(name)]
-
-
-@pytest.mark.parametrize(("name", "shape"), each_shape())
-def test_repack_kernel_writes_the_bytes_that_numpy_writes(
-    name: str, shape: Shape, device: Device, stream: Stream
-) -> None:
-    type_ = TYPES[name]
-    raw = random_rows(type_, *shape, np.random.default_rng(1))
-    expected = stored(type_, raw, shape[1])
-    source, out = sent(device, stream, raw), Output(device, stream, len(expected))
-    groups = ctypes.c_int32(geometry_of(type_, *shape).row_groups)
-    with source, out.buffer:
-        kernel = load(device, name, shape, OPS / "repack.cu").function("repack")
-        kernel.prepare(7, 256, [source, out.buffer, groups])(stream)
-        assert np.array_equal(out.read(), expected)
-
-
-@pytest.mark.parametrize("memory", ["GlobalStream", "SharedTile"])
-@pytest.mark.parametrize(("name", "shape"), each_shape())
-def test_traits_equal_the_reference(name: str, shape: Shape, memory: str, device: Device, stream: Stream) -> None:
-    type_, rng = TYPES[name], np.random.default_rng(2)
-    rows, columns = shape
-    raw = random_rows(type_, rows, columns, rng)
-    q, scales = activations(columns, rng)
-    values, products = Output(device, stream, 4 * rows * columns), Output(device, stream, rows * columns // 8)
-    inputs = [sent(device, stream, array) for array in (stored(type_, raw, columns), q, scales)]
-    kernel = load(device, name, shape, PROBE, MEMORY=memory).function("probe")
-    kernel.prepare(5, 64, [*inputs, values.buffer, products.buffer, ctypes.c_int32(rows)])(stream)
-    check_values(type_, raw, values.read().view(np.float32).reshape(rows, columns))
-    if type_.qtype.is_quantized:
-        check_products(type_, raw, q, scales, products.read().view(np.float32).reshape(rows, -1))
-    for buffer in (*inputs, values.buffer, products.buffer):
-        buffer.close()
+    return [(name, shape) for name in NAMES for shape in trial_shapes(TYPES[name])]
 
 
 @pytest.mark.parametrize("out_type", ["float", "__half"])
@@ -125,7 +80,7 @@ def test_expansion_gives_rows_in_order(name: str, shape: Shape, out_type: str, d
     type_ = TYPES[name]
     rows, columns = shape
     raw = random_rows(type_, rows, columns, np.random.default_rng(3))
-    geometry = geometry_of(type_, rows, columns)
+    geometry = tile_geometry(type_.qtype, rows, columns)
     kind = np.dtype(np.float32 if out_type == "float" else np.float16)
     # all row groups but the first, as for a range of rows
     first, groups = (1, geometry.row_groups - 1) if geometry.row_groups > 1 else (0, 1)
@@ -133,7 +88,7 @@ def test_expansion_gives_rows_in_order(name: str, shape: Shape, out_type: str, d
     tiles = sent(device, stream, stored(type_, raw, columns)[first * geometry.tiles_across * geometry.tile_bytes :])
     out = Output(device, stream, kind.itemsize * (rows - skipped) * columns)
     with tiles, out.buffer:
-        kernel = load(device, name, shape, OPS / "dequantise.cu", OUT=out_type).function("dequantise")
+        kernel = load(device, name, shape, "dequantise.cu", OUT=out_type).function("dequantise")
         kernel.prepare(3, 256, [tiles, out.buffer, ctypes.c_int32(groups)])(stream)
         values = out.read().view(kind).reshape(-1, columns)
     with np.errstate(over="ignore"):

@@ -108,9 +108,9 @@ def on_the_card(plan: WeightPlan, executor: CudaExecutor) -> Iterator[ResidentWe
 
 
 @pytest.fixture
-def small_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one send carries is less than a weight."""
-    monkeypatch.setattr("mortice.plugins.executors.cuda.arena._SLOT_BYTES", 1 << 17)
+    monkeypatch.setattr("mortice.plugins.executors.cuda.arena._LANE_BYTES", 1 << 17)
 
 
 def bytes_on_the_card(resident: ResidentWeights) -> NDArray[np.uint8]:
@@ -148,10 +148,10 @@ def test_the_arena_is_what_the_host_would_have_stored(
         assert np.array_equal(bytes_on_the_card(resident), stored_by_the_host(plan))
 
 
-@pytest.mark.usefixtures("small_slots")
+@pytest.mark.usefixtures("small_lanes")
 @every_strategy
 @pytest.mark.parametrize("qtype", ["Q4_K", "Q6_K", "Q8_0", "F16"])
-def test_weights_larger_than_a_slot_are_cut_at_row_groups(
+def test_weights_larger_than_a_lane_are_cut_at_row_groups(
     name: str, qtype: str, path_of: Callable[[str], Path], executor: CudaExecutor
 ) -> None:
     with planned(path_of(qtype), executor) as plan, on_the_card(plan, executor) as resident:
@@ -172,7 +172,7 @@ def test_a_second_upload_moves_nothing_and_addresses_stay(
         assert executor.opened().allocations == allocations
 
 
-@pytest.mark.usefixtures("small_slots")
+@pytest.mark.usefixtures("small_lanes")
 @every_strategy
 @pytest.mark.parametrize("error", [PluginError("seen enough"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
 def test_what_ends_an_upload_early_leaves_nothing_on_the_card(

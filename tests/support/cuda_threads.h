@@ -5,11 +5,11 @@
 #include <ucontext.h>
 
 #include <algorithm>
-#include <cmath>
-#include <cstdlib>
-#include <cstring>
+#include <memory>
 #include <thread>
 #include <vector>
+
+#include "cuda_types.h"
 
 #define __device__
 #define __global__
@@ -19,15 +19,7 @@
 #define __shared__ static thread_local
 
 using std::max;
-
-struct uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct float2 { float x, y; };
-struct dim3 { unsigned x = 1, y = 1, z = 1; };
-struct __half { unsigned short bits; };
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline __half __ushort_as_half(unsigned short bits) { return {bits}; }
-inline float __half2float(__half) { std::abort(); }  // not needed so far
+using std::min;
 
 static thread_local dim3 blockDim, gridDim, blockIdx, threadIdx;
 
@@ -63,6 +55,8 @@ inline void meet(Meeting& meeting, int members) {
 
 inline void __syncthreads() { meet(running->all, static_cast<int>(running->threads.size())); }
 
+inline void __syncwarp(unsigned = 0xffffffffu) { meet(running->warps[threadIdx.x / 32], 32); }
+
 template <class T>
 T from_lane(T value, unsigned lane) {
     Meeting& warp = running->warps[threadIdx.x / 32];
@@ -90,35 +84,31 @@ inline void __nanosleep(unsigned) {
 }
 template <class T>
 T __ldcg(const T* p) { return *static_cast<const volatile T*>(p); }
-template <class T>
-T __ldg(const T* p) { return *p; }
 
-template <class To, class From>
-To same_bits(From from) {
-    To to;
-    std::memcpy(&to, &from, sizeof to);
-    return to;
-}
-inline float __int_as_float(int bits) { return same_bits<float>(bits); }
-inline float __uint_as_float(unsigned bits) { return same_bits<float>(bits); }
-inline unsigned __float_as_uint(float value) { return same_bits<unsigned>(value); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __expf(float x) { return std::exp(x); }
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+inline void sincospif(float x, float* sine, float* cosine) {
+    const double angle = x * 3.14159265358979323846;
+    *sine = static_cast<float>(std::sin(angle));
+    *cosine = static_cast<float>(std::cos(angle));
+}
 inline unsigned long long __float2ull_rn(float value) { return static_cast<unsigned long long>(std::nearbyint(value)); }
 inline unsigned long long __double2ull_ru(double value) { return static_cast<unsigned long long>(std::ceil(value)); }
 inline double __ull2double_rn(unsigned long long value) { return static_cast<double>(value); }
 
-// Runs a kernel: `body` is called once for each thread.
+// Runs a kernel: `body` is called once for each thread. All blocks are there at once.
 template <class Body>
-void launch(int blocks, int threads, Body body) {
+void launch(dim3 blocks, int threads, Body body) {
     static thread_local Body* current;
     std::vector<std::thread> all;
-    for (int block = 0; block < blocks; ++block) {
+    for (unsigned block = 0; block < blocks.x * blocks.y * blocks.z; ++block) {
         all.emplace_back([&, block] {
             RunningBlock mine;
-            std::vector<char> stacks(static_cast<size_t>(threads) << 16);
+            const std::unique_ptr<char[]> stacks(new char[static_cast<size_t>(threads) << 16]);
             mine.threads.resize(threads);
             mine.ended.resize(threads);
             mine.warps.resize(threads / 32);
@@ -126,8 +116,8 @@ void launch(int blocks, int threads, Body body) {
             running = &mine;
             current = &body;
             blockDim.x = threads;
-            gridDim.x = blocks;
-            blockIdx.x = block;
+            gridDim = blocks;
+            blockIdx = {block % blocks.x, block / blocks.x % blocks.y, block / blocks.x / blocks.y};
             for (int i = 0; i < threads; ++i) {
                 getcontext(&mine.threads[i]);
                 mine.threads[i].uc_stack.ss_sp = &stacks[static_cast<size_t>(i) << 16];

@@ -103,7 +103,7 @@ def arrays_for(
 
 
 def _weight(key: str, shape: tuple[int, ...], random: np.random.Generator) -> NDArray[np.float32]:
-    if key == "rope_freqs":
+    if key in ("rope_freqs", "rope_factors_short", "rope_factors_long"):
         values = random.uniform(1.0, 8.0, shape)
     elif "norm" in key and not key.endswith("_bias"):
         values = random.uniform(0.5, 1.5, shape)
@@ -123,12 +123,17 @@ def plan_of(file: ModelFile, contract: Contract, layout: str = "fastest") -> Wei
 
 
 def runtime_of(
-    file: ModelFile, contract: Contract, *, layout: str = "fastest", context_length: int | None = None
+    file: ModelFile,
+    contract: Contract,
+    *,
+    layout: str = "fastest",
+    context_length: int | None = None,
+    kv_type: str = "auto",
 ) -> ReferenceRuntime:
     """The whole way from a file to a runtime of the reference executor."""
     plan = plan_of(file, contract, layout)
     executor = ReferenceExecutor()
     resident = ResidentWeights(plan=plan, arena=executor.allocate(plan.arena_bytes))
     HostUpload().upload(resident, lambda event: None)
-    settings = RuntimeSettings(context_length=context_length or plan.program.context_length)
+    settings = RuntimeSettings(context_length=context_length or plan.program.context_length, kv_type=kv_type)
     return executor.open(bind(resident), settings, lambda event: None)

@@ -43,7 +43,10 @@ class Family:
     rope_dims: Callable[[int], int] = lambda layer: 0
     rope_base: Callable[[int], float] = lambda layer: 10000.0
     rope_factor: Callable[[int], float] = lambda layer: 1.0
+    rope_divisors: str = "rope_freqs"  # the tensor, where a model has it
+    rope_magnitude: float = 1.0
     window: Callable[[int], int] = lambda layer: 0
+    temperature: Callable[[int], float] = lambda position: 1.0
     attention_scale: float | None = None
     attention_cap: float = 0.0
     gated: bool = True
@@ -150,7 +153,8 @@ class NaiveModel:
         out = []
         for number, query in enumerate(queries):
             kv_head = number // (f.heads // f.kv_heads)
-            scores = [scale * float(query @ old_keys[kv_head]) for old_keys, _ in seen]
+            sharper = f.temperature(position)
+            scores = [scale * sharper * float(query @ old_keys[kv_head]) for old_keys, _ in seen]
             if f.attention_cap:
                 scores = [f.attention_cap * math.tanh(score / f.attention_cap) for score in scores]
             weights = [math.exp(score - max(scores)) for score in scores]
@@ -174,14 +178,14 @@ class NaiveModel:
     def rotate(self, head: Vector, layer: int, position: int) -> Vector:
         f = self.family
         dims = f.rope_dims(layer) if f.rope != "none" else 0
-        factors = self.get("rope_freqs.weight")
+        factors = self.get(f"{f.rope_divisors}.weight")
         out = head.copy()
         for pair in range(dims // 2):
             angle = position * f.rope_base(layer) ** (-2.0 * pair / dims) / f.rope_factor(layer)
             if factors is not None:
                 angle /= factors[pair]
             first, second = (2 * pair, 2 * pair + 1) if f.rope == "adjacent" else (pair, pair + dims // 2)
-            turned = complex(head[first], head[second]) * complex(math.cos(angle), math.sin(angle))
+            turned = complex(head[first], head[second]) * complex(math.cos(angle), math.sin(angle)) * f.rope_magnitude
             out[first], out[second] = turned.real, turned.imag
         return out
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from attrs import evolve
@@ -14,10 +13,10 @@ from mortice.core.model.qtypes import QType
 from mortice.core.model.types import ModelFile
 from mortice.core.model.weight_plan import Kernel
 from mortice.core.plugin import registry
-from mortice.core.plugin.hookspecs import hookimpl
 from mortice.core.plugin.interfaces import QuantizationType
 from mortice.core.plugin.manager import PluginPolicy
 from mortice.core.plugin.registry import Registry
+from mortice.core.testing.registries import plugin_of
 
 __all__ = [
     "SomeLayout",
@@ -43,14 +42,6 @@ def make_registry(
     """A registry of the built-ins and `plugins` (name -> plugin); installed packages are not searched."""
     policy = PluginPolicy(block=block, entry_points=False)
     return registry.make_registry(policy, prefer=prefer, given=tuple((plugins or {}).items()))
-
-
-def plugin_of(**hooks: Callable[..., Any]) -> ModuleType:
-    """A plugin of functions by hook name, each marked as an implementation."""
-    module = ModuleType("plugin_in_a_test")
-    for name, function in hooks.items():
-        setattr(module, name, hookimpl(function))
-    return module
 
 
 def install(folder: Path, distribution: str, entry_points: Mapping[str, str], source: str = "") -> None:

@@ -47,7 +47,7 @@ def opener(
         executor=ExecutorConfig(name="reference", context=context, step_tokens=step_tokens),
         kernels=KernelsConfig(layout=layout),
     )
-    return lambda: prepare_opened(config, make_registry(), synth_model(shape, recipe, layers=1))
+    return lambda: prepare_opened(config, make_registry(), synth_model(shape, recipe, layers=1, stored=True))
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +194,12 @@ def test_start_up_is_split_into_its_parts(report: BenchReport) -> None:
     with opener()() as pipeline:
         assert startup.upload_bytes == pipeline.model.file.tensor_bytes
     assert startup.upload_rate == startup.upload_bytes / startup.upload_seconds
+
+
+def test_random_weights_made_on_the_way_have_no_upload_rate() -> None:
+    startup = evolve(made().startup, made=True)
+    assert startup.upload_rate is None
+    assert "| upload of 1.0 MB, made on the way " in markdown(evolve(made(row()), startup=startup))
 
 
 def test_the_measured_bandwidth_is_that_of_this_machine(report: BenchReport) -> None:

@@ -32,7 +32,7 @@ FLOORS = (  # from the ground up
     Floor("contracts", ("arch_contracts/*",), "data about model families; readable and checkable on its own"),
     Floor(
         "basics",
-        ("core/version.py", "core/errors.py", "core/text_file.py", "core/model/qtypes.py"),
+        ("core/version.py", "core/errors.py", "core/text_file.py", "core/file_hash.py", "core/model/qtypes.py"),
         "every floor raises errors and names types",
     ),
     Floor(
@@ -42,7 +42,7 @@ FLOORS = (  # from the ground up
     ),
     Floor(
         "stages",
-        ("core/model/*", "core/text/*", "core/config*"),
+        ("core/model/*", "core/text/*", "core/contracts/*", "core/config*"),
         "what is worked out from a file, a contract, a text or a config, with no device and no plugin",
     ),
     Floor(
@@ -62,12 +62,19 @@ FLOORS = (  # from the ground up
         "built-ins stand where third parties stand: above the hooks, below the rest",
     ),
     Floor("manager", ("core/plugin/manager.py",), "finds and loads plugins; no plugin may know that it exists"),
-    Floor("registry", ("core/plugin/registry.py",), "asks the loaded plugins, with types"),
+    Floor("registry", ("core/plugin/resolution.py", "core/plugin/registry.py"), "asks the loaded plugins, with types"),
     Floor("flow", ("core/stages.py", "core/session.py", "core/pipeline.py"), "the only place that sees the whole flow"),
+    Floor("record", ("core/record.py",), "what a run was, to repeat it"),
+    Floor("validation", ("core/validation/*",), "validates many models, reads their data, and writes reports"),
     Floor("testing", ("core/testing/*",), "the kit for plugin authors runs whole pipelines"),
     Floor("synth", ("core/synth/*",), "models with random weights, written with the kit for tests"),
     Floor("bench", ("core/bench/*",), "measures pipelines"),
     Floor("parity", ("core/parity/*",), "holds pipelines against each other"),
+    Floor(
+        "kit",
+        ("core/testing/executor_suite.py", "core/testing/plugin_suite.py", "core/scaffold/*"),
+        "suites that hold executors against each other, and packages that use suites",
+    ),
     Floor("cli", ("core/cli/*",), "speaks to people; nothing builds on it"),
     Floor("face", (FACE,), "what `import mortice` offers; nothing inside uses it"),
 )

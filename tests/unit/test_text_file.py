@@ -9,7 +9,7 @@ import pytest
 
 from mortice.core.errors import ConfigError, ContractError
 from mortice.core.stages import read_contract
-from mortice.core.text_file import MAX_BYTES, read_small_text
+from mortice.core.text_file import MAX_BYTES, beginning, read_small_text
 
 
 def refusal(path: Path) -> str:
@@ -45,3 +45,19 @@ def test_a_contract_is_read_within_the_same_bounds(tmp_path: Path) -> None:
     with pytest.raises(ContractError) as error:
         read_contract(tmp_path / "no.toml")
     assert str(error.value) == f"{tmp_path}/no.toml: cannot be read: No such file or directory"
+
+
+def test_the_beginning_of_a_file_is_shown_and_named_where_it_says_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.write_bytes(b"hello\x00\xff")
+    assert beginning(path) == "it begins with 68 65 6c 6c 6f 00 ff (hello..)"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n")
+    assert beginning(path).endswith(
+        "(version https://): a Git LFS pointer, not the file itself: git lfs pull fetches it"
+    )
+
+
+def test_what_is_empty_or_no_regular_file_has_no_beginning(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    os.mkfifo(tmp_path / "fifo")
+    assert [beginning(tmp_path / name) for name in ("empty", "fifo", "none", ".")] == [""] * 4

@@ -1,7 +1,7 @@
 """Mistakes that other systems of this kind have made, one test for each, numbered as in the list of traps.
 
 A test fails when its rule is broken. Numbers 20 to 24 and 32 are about a GPU (arena and graph, positions in a captured
-graph, work inside a capture, streams, quantised activations, a capture that failed) and are tested with its executor.
+graph, work inside a capture, streams, quantised activations, a capture that failed): ``tests/gpu/test_lifetimes.py``.
 """
 
 from __future__ import annotations

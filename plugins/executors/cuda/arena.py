@@ -1,24 +1,26 @@
 """Memory for weights on the card, and the intake that lays them out there.
 
-Rows arrive as the file has them in a slot of a small ring on the card; ``ops/repack.cu`` writes them to their place.
-Copies and kernels are on streams of their own: while a slot is being laid out, the next is being filled.
+Rows arrive as the file has them in a little memory on the card; ``ops/repack.cu`` writes them to their place. There are
+several lanes, each with such memory and a stream: while the rows of one are being laid out, others are on their way. A
+send has a lane to itself, so that threads do not wait for each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
-from itertools import cycle
+from mmap import MADV_HUGEPAGE, PAGESIZE, mmap
 from pathlib import Path
-from threading import Lock
+from queue import SimpleQueue
 
 import numpy as np
 from attrs import define, field, frozen
 from numpy.typing import NDArray
 
-from mortice.core.errors import UnsupportedError
-from mortice.core.model.residency import RawRows
+from mortice.core.errors import DoesNotFitError, UnsupportedError
+from mortice.core.model.residency import PinnedBuffer, RawRows
 from mortice.core.model.weight_plan import ALIGNMENT, PlannedWeight, WeightPlan
 from mortice.core.plugin.interfaces import QuantizationType
 from mortice.plugins.executors.cuda.build import compile_all
@@ -27,17 +29,18 @@ from mortice.plugins.executors.cuda.device import Device
 from mortice.plugins.executors.cuda.errors import CudaError
 from mortice.plugins.executors.cuda.flatten import flatten
 from mortice.plugins.executors.cuda.layouts import TileGeometry, TileLayout, tile_geometry
-from mortice.plugins.executors.cuda.memory import DeviceBuffer, HostBuffer, RegisteredHost
-from mortice.plugins.executors.cuda.module import Int, Launch, Pointer
+from mortice.plugins.executors.cuda.memory import DeviceBuffer, RegisteredHost
+from mortice.plugins.executors.cuda.module import Function, Int, Launch, Module, Pointer
 from mortice.plugins.executors.cuda.nvrtc import Source
 from mortice.plugins.executors.cuda.sources import OPS
 from mortice.plugins.executors.cuda.stream import Event, Stream
 
 __all__ = ["CudaArena", "CudaIntake", "repack_source"]
 
-_SLOTS = 8
-_SLOT_BYTES = 8 << 20
-"""So many that laying out and copying never wait for each other, and each long enough to hide what queueing costs."""
+_LANES = 12
+_LANE_BYTES = 8 << 20
+"""So many that the link always has something to do, and each long enough to hide what queueing costs."""
+_HUGE_PAGE = 2 << 20
 _THREADS = 256  # of a block, as in ops/repack.cu
 _BLOCKS_PER_SM = 8
 
@@ -79,12 +82,20 @@ class CudaArena:
         self.stream.close()
 
 
+Tiling = tuple[str, int, int, int]
+"""Type, rows and columns of a tile, columns of a row: weights equal in this are laid out by the same code."""
+
+
 @frozen
 class _Tiled:
     """A weight that the card lays out: how, and where its tiles start in the arena."""
 
     type: QuantizationType
     geometry: TileGeometry
+    tiling: Tiling
+    tile_rows: int
+    group_bytes: int
+    """Bytes of a row group in the arena."""
     offset: int
 
     @classmethod
@@ -93,23 +104,13 @@ class _Tiled:
         if not isinstance(planned.layout, TileLayout):
             return None
         geometry = tile_geometry(planned.tensor.qtype, planned.rows, planned.columns)
-        return cls(planned.layout.type, geometry, planned.offset)
-
-    @property
-    def tiling(self) -> tuple[str, int, int, int]:
-        """Weights equal in this are laid out by the same code."""
-        geometry = self.geometry
-        return self.type.qtype.name, geometry.tile_rows, geometry.tile_columns, geometry.columns
-
-    @property
-    def group_bytes(self) -> int:
-        """Bytes of a row group in the file."""
-        return self.geometry.tiles_across * self.geometry.used_bytes
+        type_, across = planned.layout.type, geometry.tiles_across
+        tiling = type_.qtype.name, geometry.tile_rows, geometry.tile_columns, geometry.columns
+        return cls(type_, geometry, tiling, geometry.tile_rows, across * geometry.tile_bytes, planned.offset)
 
     def place(self, row: int) -> int:
         """Where the tiles of the row group that `row` starts lie, counted from the arena's start."""
-        geometry = self.geometry
-        return self.offset + row // geometry.tile_rows * geometry.tiles_across * geometry.tile_bytes
+        return self.offset + row // self.tile_rows * self.group_bytes
 
 
 def repack_source(type_: QuantizationType, geometry: TileGeometry) -> Source:
@@ -134,71 +135,127 @@ def _open_intake(arena: CudaArena, weights: Mapping[int, _Tiled], stack: ExitSta
     """An intake whose parts are given back by `stack`."""
     device = arena.device
     device.make_current()
-    launches = _load_repacks(device, weights.values(), stack)
+    kernels = _Kernels(device, {weight.tiling: weight for weight in weights.values()})
+    stack.callback(kernels.close)
     largest = max((weight.group_bytes for weight in weights.values()), default=0)
-    capacity = max(_SLOT_BYTES, -(-largest // ALIGNMENT) * ALIGNMENT)
-    ring = device.allocate(_SLOTS * capacity)
-    stack.callback(ring.close)
-    copying, laying = device.new_stream(), device.new_stream()
-    stack.callback(copying.close)
-    stack.callback(laying.close)
-    slots = []
-    for number in range(_SLOTS):
-        slot = _Slot(ring.address + number * capacity, device.new_event(blocking=True), device.new_event())
-        stack.callback(slot.copied.close)
-        stack.callback(slot.free.close)
-        slots.append(slot)
-    # before anything is given back, also after an error; the first of these is called last
-    stack.callback(laying.synchronize)
-    stack.callback(copying.synchronize)
-    stack.callback(device.make_current)
-    return CudaIntake(arena, weights, launches, slots, capacity, copying, laying)
+    capacity = max(_LANE_BYTES, -(-largest // ALIGNMENT) * ALIGNMENT)
+    memory = device.allocate(_LANES * capacity)
+    stack.callback(memory.close)
+    lanes = []
+    for number in range(_LANES):
+        stream = device.new_stream()
+        stack.callback(stream.close)
+        copied = device.new_event(blocking=True)
+        stack.callback(copied.close)
+        lanes.append(_Lane(memory.address + number * capacity, stream, copied, kernels))
+    intake = CudaIntake(arena, weights, lanes, capacity)
+    stack.callback(intake.finish)  # before anything is given back, also after an error
+    return intake
 
 
-def _load_repacks(
-    device: Device, weights: Iterable[_Tiled], stack: ExitStack
-) -> dict[tuple[str, int, int, int], Launch]:
-    """The kernel of each tiling, ready to launch; unloaded by `stack`."""
-    tilings = {weight.tiling: weight for weight in weights}
-    sources = {tiling: repack_source(weight.type, weight.geometry) for tiling, weight in tilings.items()}
-    build = compile_all(sources.values(), device.arch, cache=KernelCache())
-    launches = {}
-    for tiling, source in sources.items():
-        module = device.load(build.kernels[source].cubin)
-        stack.callback(module.close)
-        launches[tiling] = module.function("repack").prepare(1, _THREADS, [Pointer(0), Pointer(0), Int(0)])
-    return launches
+@define(eq=False)
+class _Kernels:
+    """The kernel of each tiling, built or read from the cache while the first rows are on their way."""
+
+    _device: Device
+    _tilings: Mapping[Tiling, _Tiled]
+    _modules: list[Module] = field(factory=list, init=False)
+    _loading: Future[dict[Tiling, Function]] = field(init=False)
+    _pool: ThreadPoolExecutor = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="mortice-repack")
+        self._loading = self._pool.submit(self._load)
+
+    def _load(self) -> dict[Tiling, Function]:
+        sources = {tiling: repack_source(weight.type, weight.geometry) for tiling, weight in self._tilings.items()}
+        build = compile_all(sources.values(), self._device.arch, cache=KernelCache())
+        for source in sources.values():
+            self._modules.append(self._device.load(build.kernels[source].cubin))
+        return {tiling: module.function("repack") for tiling, module in zip(sources, self._modules, strict=True)}
+
+    def of(self, tiling: Tiling) -> Function:
+        """The kernel, as soon as it is there.
+
+        Raises:
+            DeviceError: when it cannot be built or loaded.
+
+        """
+        return self._loading.result()[tiling]
+
+    def close(self) -> None:
+        """Unload all."""
+        self._pool.shutdown()
+        self._device.make_current()
+        with ExitStack() as stack:
+            for module in self._modules:
+                stack.callback(module.close)
 
 
-@frozen(eq=False)
-class _Slot:
-    """Room for rows on their way.
+@define(eq=False)
+class _Lane:
+    """Room for rows on their way, and the way from there.
 
     Attributes:
         address: where.
+        stream: brings rows here and lays them out, one send after the other.
         copied: the rows are here.
-        free: they are laid out; passed from the start.
 
     """
 
     address: int
+    stream: Stream
     copied: Event
-    free: Event
+    _kernels: _Kernels
+    _launches: dict[Tiling, Launch] = field(factory=dict, init=False)
+
+    def launch(self, tiling: Tiling) -> Launch:
+        """The kernel of a tiling, with arguments of this lane's own."""
+        launch = self._launches.get(tiling)
+        if launch is None:
+            arguments = Pointer(0), Pointer(0), Int(0)
+            launch = self._launches[tiling] = self._kernels.of(tiling).prepare(1, _THREADS, arguments)
+        return launch
 
 
 @frozen(eq=False)
 class _Copied:
     """Rows that have left host memory when the event has passed.
 
-    The slot may be used again before somebody waits; the event then passes later, never earlier.
+    The lane may be used again before somebody waits; the event then passes later, never earlier.
     """
 
-    device: Device
     event: Event
 
     def wait(self) -> None:
-        self.device.make_current()
         self.event.synchronize()
+
+
+@define(eq=False)
+class _HugePages:
+    """Memory of huge pages where the system has some, pinned until `close`.
+
+    What `cuMemHostAlloc` gives is faulted in and pinned by small pages, which takes half a second a gigabyte, and two
+    threads that ask for it wait for each other.
+    """
+
+    array: NDArray[np.uint8]
+    _registered: RegisteredHost
+
+    @classmethod
+    def pinned(cls, device: Device, nbytes: int) -> _HugePages:
+        memory = mmap(-1, nbytes + _HUGE_PAGE)
+        with suppress(OSError):  # a kernel without huge pages
+            memory.madvise(MADV_HUGEPAGE)
+        whole = np.frombuffer(memory, np.uint8)
+        start = -whole.ctypes.data % _HUGE_PAGE
+        array = whole[start : start + nbytes]
+        array[::PAGESIZE] = 0  # by this thread, beside the others; the driver would do it for one at a time
+        return cls(array, device.register_host(array.ctypes.data, nbytes))
+
+    def close(self) -> None:
+        self._registered.close()
+        self.array = self.array[:0].copy()
 
 
 @define(eq=False)
@@ -207,23 +264,27 @@ class CudaIntake:
 
     _arena: CudaArena
     _weights: Mapping[int, _Tiled]
-    _launches: Mapping[tuple[str, int, int, int], Launch]
-    _slots: Sequence[_Slot]
+    _lanes: Sequence[_Lane]
     capacity: int
-    _copying: Stream
-    _laying: Stream
-    _ring: Iterator[_Slot] = field(init=False)
-    _lock: Lock = field(factory=Lock, init=False)
+    _free: SimpleQueue[_Lane] = field(factory=SimpleQueue, init=False)
+    """Lanes that no thread is queueing on. What they were given before need not be done."""
 
     def __attrs_post_init__(self) -> None:
-        self._ring = cycle(self._slots)
+        for lane in self._lanes:
+            self._free.put(lane)
 
     def row_step(self, index: int) -> int | None:
         weight = self._weights.get(index)
-        return None if weight is None else weight.geometry.tile_rows
+        return None if weight is None else weight.tile_rows
 
-    def pin(self, nbytes: int) -> HostBuffer:
-        return self._arena.device.allocate_host(nbytes)
+    def pin(self, nbytes: int) -> PinnedBuffer:
+        device = self._arena.device
+        if not device.properties.host_register:
+            return device.allocate_host(nbytes)
+        try:
+            return _HugePages.pinned(device, -(-nbytes // PAGESIZE) * PAGESIZE)
+        except (OSError, CudaError) as error:
+            raise DoesNotFitError(f"{nbytes:,} bytes of pinned host memory are not there: {error}") from error
 
     def register(self, address: int, nbytes: int, *, read_only: bool) -> RegisteredHost:
         device = self._arena.device
@@ -240,48 +301,56 @@ class CudaIntake:
 
     def send(self, rows: Sequence[RawRows]) -> _Copied:
         self._arena.device.make_current()
-        with self._lock:
-            slot = next(self._ring)
-            try:
-                self._copying.wait(slot.free)
-                places = self._copy(rows, slot)
-                self._copying.record(slot.copied)
-                self._laying.wait(slot.copied)
-                for part, address in zip(rows, places, strict=True):
-                    self._lay_out(part, address)
-                self._laying.record(slot.free)
-            except BaseException:
-                with suppress(CudaError):  # the caller is about to free what is being read
-                    self._copying.synchronize()
-                raise
-        return _Copied(self._arena.device, slot.copied)
+        lane = self._free.get()
+        try:
+            places = self._copy(rows, lane)
+            lane.stream.record(lane.copied)
+            for part, address in zip(rows, places, strict=True):
+                self._lay_out(part, address, lane)
+        except BaseException:
+            with suppress(CudaError):  # the caller is about to free what is being read
+                lane.stream.synchronize()
+            raise
+        finally:
+            self._free.put(lane)
+        return _Copied(lane.copied)
 
-    def _copy(self, rows: Sequence[RawRows], slot: _Slot) -> list[int]:
-        """Queue copies into a slot; where each part lies there."""
-        places, at = [], 0
+    def _copy(self, rows: Sequence[RawRows], lane: _Lane) -> list[int]:
+        """Queue copies into a lane; where each part lies there. Parts that will lie there as they do here go as one."""
+        places: list[int] = []
+        runs: list[tuple[int, int, int]] = []  # place, address on the host, bytes
+        at = lane.address
         for part in rows:
             assert part.data.flags.c_contiguous, "rows lie one after the other"
-            assert at + part.data.nbytes <= self.capacity, "rows beyond what one send takes"
-            places.append(slot.address + at)
-            self._copying.copy_from_host(places[-1], part.data.ctypes.data, part.data.nbytes)
+            host, nbytes = part.data.ctypes.data, part.data.nbytes
+            places.append(at)
+            if runs and host - runs[-1][1] == at - runs[-1][0]:  # what lies between is on pages of theirs
+                place, host, _ = runs.pop()
+                nbytes += at - place
+            else:
+                place = at
+            runs.append((place, host, nbytes))
             at += -(-part.data.nbytes // ALIGNMENT) * ALIGNMENT
+        assert at - lane.address <= self.capacity, "rows beyond what one send takes"
+        for place, host, nbytes in runs:
+            lane.stream.copy_from_host(place, host, nbytes)
         return places
 
-    def _lay_out(self, part: RawRows, address: int) -> None:
+    def _lay_out(self, part: RawRows, address: int, lane: _Lane) -> None:
         weight = self._weights[part.index]
-        geometry = weight.geometry
-        assert part.row_start % geometry.tile_rows == len(part.data) % geometry.tile_rows == 0, "whole row groups"
-        launch = self._launches[weight.tiling]
+        rows = len(part.data)
+        assert part.row_start % weight.tile_rows == rows % weight.tile_rows == 0, "whole row groups"
+        launch = lane.launch(weight.tiling)
         raw, tiles, groups = launch.args
         raw.value = address
         tiles.value = self._arena.address + weight.place(part.row_start)
-        groups.value = len(part.data) // geometry.tile_rows
-        chunks = len(part.data) * geometry.columns // 32
+        groups.value = rows // weight.tile_rows
+        chunks = rows * weight.geometry.columns // 32
         most = _BLOCKS_PER_SM * self._arena.device.properties.sm_count
         launch.resize(min(-(-chunks // _THREADS), most))
-        launch(self._laying)
+        launch(lane.stream)
 
     def finish(self) -> None:
         self._arena.device.make_current()
-        self._copying.synchronize()
-        self._laying.synchronize()
+        for lane in self._lanes:
+            lane.stream.synchronize()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -35,6 +36,13 @@ class Build:
     cached: int
     seconds: float
     notes: tuple[str, ...] = ()
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 in hex of the machine code made of each file, all its variants together."""
+        variants: dict[str, list[bytes]] = {}
+        for source, code in self.kernels.items():
+            variants.setdefault(source.name, []).append(hashlib.sha256(code.cubin).digest())
+        return {name: hashlib.sha256(b"".join(sorted(found))).hexdigest() for name, found in sorted(variants.items())}
 
 
 def compile_all(

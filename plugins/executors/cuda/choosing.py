@@ -173,6 +173,7 @@ class TokenChooser:
     _memory: Any = field(init=False, repr=False)
     _at: dict[str, int] = field(factory=dict, init=False, repr=False)
     _results: Any = field(init=False, repr=False)
+    _chosen: list[Chosen] = field(init=False, repr=False)
     _events: list[Event] = field(init=False, repr=False)
     _launches: int = field(default=0, init=False, repr=False)
     _count: Launch = field(init=False, repr=False)
@@ -186,6 +187,7 @@ class TokenChooser:
             self._at[name] = at
             at += nbytes
         self._results = self.device.allocate_host(ctypes.sizeof(Chosen) * RING)
+        self._chosen = [Chosen.from_address(self._results.address + ctypes.sizeof(Chosen) * i) for i in range(RING)]
         self._events = [self.device.new_event() for _ in range(RING)]
         self._count = self.module.function("count_tokens").prepare(
             choice_blocks(self.device.properties.sm_count),
@@ -248,11 +250,11 @@ class TokenChooser:
             ExecutionError: as `mortice.core.text.sampling.Sampler.sample`.
 
         """
-        chosen = Chosen.from_buffer(self._results.array.data, ctypes.sizeof(Chosen) * place)
-        for bit, text in _PROBLEMS.items():
-            if chosen.problem & bit:
-                raise ExecutionError(f"step {step}: {text}")
-        alternatives = tuple((item.id, item.logprob) for item in chosen.top[:top])
+        chosen = self._chosen[place]
+        if chosen.problem:
+            gravest = next(text for bit, text in _PROBLEMS.items() if chosen.problem & bit)
+            raise ExecutionError(f"step {step}: {gravest}")
+        alternatives = tuple((item.id, item.logprob) for item in chosen.top[:top]) if top else ()
         return Sampled(id=chosen.id, logprob=chosen.logprob, top=alternatives)
 
     def close(self) -> None:
@@ -321,7 +323,7 @@ class Decoder:
         runtime, sequence = self.runtime, self.sequence
         runtime.chooser.device.make_current()
         ahead, self._ahead = self._ahead, None
-        current = self._epoch == runtime.epoch and list(ids) == [self._last]
+        current = self._epoch == runtime.epoch and len(ids) == 1 and ids[0] == self._last
         if ahead is not None and current and ahead[1:] == (sequence.length, index):
             place = ahead[0]
         else:

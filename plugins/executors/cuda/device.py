@@ -14,7 +14,7 @@ from attrs import define, field
 
 from mortice.core.errors import DoesNotFitError
 from mortice.core.model.types import DeviceInfo
-from mortice.plugins.executors.cuda.driver import Driver, load_driver
+from mortice.plugins.executors.cuda.driver import Driver, load_driver, result_error
 from mortice.plugins.executors.cuda.errors import CudaError, unusable
 from mortice.plugins.executors.cuda.memory import DeviceBuffer, HostBuffer, RegisteredHost
 from mortice.plugins.executors.cuda.module import Module
@@ -122,7 +122,9 @@ class Device:
         than a microsecond.
         """
         assert self._context is not None, "the device is closed"
-        self._driver("cuCtxSetCurrent", self._context)
+        code = self._driver.api.cuCtxSetCurrent(self._context)[0]
+        if code:
+            raise result_error(self._driver.api, "cuCtxSetCurrent", code)
 
     def allocate(self, nbytes: int) -> DeviceBuffer:
         """Device memory, at least one byte, not cleared.

@@ -5,26 +5,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from attrs import define, field
+from numpy.typing import NDArray
 
 from mortice.core.model import operators as op
+from mortice.core.model.kv_types import kv_type_reasons
 from mortice.core.model.operators import OPERATOR_KINDS
 from mortice.core.model.program import Program
 from mortice.core.model.residency import BoundModel
 from mortice.core.model.types import DeviceInfo
-from mortice.core.model.weight_plan import Kernel
-from mortice.core.plugin.interfaces import Emit, QuantizationType, RuntimeSettings
+from mortice.core.model.weight_plan import Kernel, WeightPlan
+from mortice.core.plugin.interfaces import Emit, QuantizationType, RuntimeSettings, TypeTrial
 from mortice.plugins.executors.cuda.arena import CudaArena
+from mortice.plugins.executors.cuda.cublas import find_cublas
 from mortice.plugins.executors.cuda.device import Device, open_device
+from mortice.plugins.executors.cuda.gemv import has_bulk_copies
+from mortice.plugins.executors.cuda.kernels import Kernels, compile_kernels
+from mortice.plugins.executors.cuda.kv_pool import kv_pool_bytes
 from mortice.plugins.executors.cuda.layouts import TileLayout
 from mortice.plugins.executors.cuda.lowering import Lowering
-from mortice.plugins.executors.cuda.runtime import CudaRuntime, kv_pool_bytes, runtime_bytes
+from mortice.plugins.executors.cuda.matmul import rows_at_once
+from mortice.plugins.executors.cuda.runtime import CudaRuntime
+from mortice.plugins.executors.cuda.runtime_memory import runtime_bytes
 from mortice.plugins.executors.cuda.sources import KernelSources
+from mortice.plugins.executors.cuda.type_trial import compile_type, trial_shapes, try_on_card, try_on_cpu
 from mortice.plugins.executors.cuda.vectors import VectorLayout
 
 __all__ = ["CudaExecutor"]
 
-_KV_TYPES = ("auto", "f16", "f32")
+_ACTIVATIONS = ("auto", "int8", "f32")
 
 
 @define(eq=False)
@@ -34,6 +44,8 @@ class CudaExecutor:
     name: str = "cuda"
     _device: Device | None = field(default=None, init=False, repr=False)
     _traits: dict[str, Path] = field(factory=dict, init=False, repr=False)
+    _prepared: tuple[WeightPlan, RuntimeSettings, Kernels] | None = field(default=None, init=False, repr=False)
+    """What `prepare` made for the next `open`."""
 
     def opened(self) -> Device:
         """The device, opened on first use."""
@@ -74,15 +86,17 @@ class CudaExecutor:
                 )
             if isinstance(operator, op.Attention) and (operator.head_dim % 8 or operator.head_dim > 256):
                 reasons.append(f"{operator.name}: head_dim {operator.head_dim}, wanted a multiple of 8, at most 256")
-        if settings.kv_type not in _KV_TYPES:
-            reasons.append(f"executor.kv = {settings.kv_type!r}: the CUDA executor keeps {', '.join(_KV_TYPES)}")
-        return reasons
+        if settings.activations not in _ACTIVATIONS:
+            have = ", ".join(_ACTIVATIONS)
+            reasons.append(f"executor.activations = {settings.activations!r}: the CUDA executor has {have}")
+        return [*reasons, *kv_type_reasons(program.kv, _kv_type(settings), self.name)]
 
     def kv_bytes(self, program: Program, settings: RuntimeSettings) -> int:
-        return kv_pool_bytes(program.kv, settings, _kv_type(settings))
+        return kv_pool_bytes(program.kv, settings.context_length, _kv_type(settings))
 
     def workspace_bytes(self, program: Program, settings: RuntimeSettings) -> int:
-        return runtime_bytes(program, settings, self.opened().properties.sm_count)
+        cublas = find_cublas() is not None
+        return runtime_bytes(program, settings, self.opened().properties.sm_count, cublas=cublas)
 
     def allocate(self, nbytes: int) -> CudaArena:
         device = self.opened()
@@ -91,17 +105,50 @@ class CudaExecutor:
     def default_upload(self) -> str:
         return "measured"
 
-    def open(self, model: BoundModel, settings: RuntimeSettings, emit: Emit) -> CudaRuntime:
+    def trial_shapes(self, type_: QuantizationType) -> Sequence[tuple[int, int]]:
+        return trial_shapes(type_)
+
+    def compile_type(self, type_: QuantizationType, arch: str) -> Sequence[str]:
+        return compile_type(type_, arch)
+
+    def try_type(
+        self,
+        type_: QuantizationType,
+        rows: NDArray[np.uint8],
+        activations: NDArray[np.int8],
+        scales: NDArray[np.float32],
+        *,
+        on_device: bool,
+    ) -> TypeTrial:
+        if on_device:
+            return try_on_card(self.opened(), type_, rows, activations, scales)
+        return try_on_cpu(type_, rows, activations, scales)
+
+    def prepare(self, plan: WeightPlan, settings: RuntimeSettings) -> None:
+        self._prepared = plan, settings, self._compiled(plan, settings)
+
+    def _compiled(self, plan: WeightPlan, settings: RuntimeSettings) -> Kernels:
         device = self.opened()
+        exact, cublas = settings.activations == "f32", find_cublas() is not None
         lowering = Lowering(
-            plan=model.plan,
+            plan=plan,
             sources=KernelSources(self._traits),
-            rows=settings.step_tokens,
+            rows=rows_at_once(settings.step_tokens, exact=exact, cublas=cublas),
             kv_type=_kv_type(settings),
             sm_count=device.properties.sm_count,
-            quantize_activations=settings.activations != "f32",
+            quantize_activations=not exact,
+            cublas=cublas,
+            bulk_copies=has_bulk_copies(device.properties),
         )
-        return CudaRuntime(model, settings, emit, device, lowering)
+        return compile_kernels(lowering, device.arch)
+
+    def open(self, model: BoundModel, settings: RuntimeSettings, emit: Emit) -> CudaRuntime:
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and prepared[0] is model.plan and prepared[1] == settings:
+            kernels = prepared[2]
+        else:
+            kernels = self._compiled(model.plan, settings)
+        return CudaRuntime(model, settings, emit, self.opened(), kernels)
 
 
 def _kv_type(settings: RuntimeSettings) -> str:

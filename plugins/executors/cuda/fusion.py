@@ -37,6 +37,11 @@ class SingleGroup:
     operator: Operator
 
     @property
+    def outputs(self) -> tuple[Buffer, ...]:
+        """The buffers written."""
+        return self.operator.outputs
+
+    @property
     def operators(self) -> tuple[Operator, ...]:
         """The operators done here."""
         return (self.operator,)
@@ -78,6 +83,12 @@ class LinearGroup:
         if self.act is not None:
             return (self.act.out,)
         return tuple(bias.out if bias else linear.out for linear, bias in zip(self.linears, self.biases, strict=True))
+
+    @property
+    def activation(self) -> str | None:
+        """The activation done here, gated or not."""
+        part = self.gated or self.act
+        return part.activation if part is not None else None
 
     @property
     def added(self) -> Buffer | None:

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from attrs import define, field
 
 from mortice.core.errors import DoesNotFitError, InputError
+from mortice.core.model.kv_types import kv_cache_bytes
+from mortice.core.model.program import KvShape
 
-__all__ = ["PAGE_TOKENS", "CudaSequence", "PagePool"]
+__all__ = ["PAGE_TOKENS", "CudaSequence", "PagePool", "kv_pool_bytes", "page_bytes", "page_count"]
 
 PAGE_TOKENS = 64
 """As ``kPageTokens`` in ``ops/kv_cache.cuh``."""
+
+
+def page_count(context_length: int) -> int:
+    """Pages of one full sequence."""
+    return -(-context_length // PAGE_TOKENS)
+
+
+def page_bytes(shape: KvShape, kv_type: str) -> int:
+    """Bytes of a page of K, or of V, of one layer."""
+    return kv_cache_bytes(shape, kv_type, PAGE_TOKENS) // 2
+
+
+def kv_pool_bytes(shapes: Sequence[KvShape], context_length: int, kv_type: str) -> int:
+    """Bytes of the KV cache of all layers, for one full sequence."""
+    tokens = page_count(context_length) * PAGE_TOKENS
+    return sum(kv_cache_bytes(shape, kv_type, tokens) for shape in shapes)
 
 
 @define(eq=False)

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
 from math import lcm
 
 import numpy as np
@@ -24,10 +26,11 @@ CHUNK = 32
 TILE_ALIGNMENT = 16
 """Bytes: the widest load of a lane."""
 
-_MOST_COLUMNS = 4096
+_WIDTHS = (range(1024, 4096 + 1), range(11264 + 1))  # columns of a tile, the better range first
+_MOST_ROW_BYTES = 9216  # of a tile: a warp keeps two tiles in shared memory
 _TILE_ROWS = (1, 2, 4, 8)
 _LANES = 32
-_GOOD_ENOUGH = 0.94  # of the best share of busy lanes; a smaller tile is worth a few idle ones
+_GOOD_ENOUGH = 0.85  # of the best share of busy lanes; a smaller tile is worth a few idle ones
 _MOST_PADDING = 0.02  # of a tile's bytes, where some number of rows allows it
 _STORE_BYTES = 1 << 18  # of a piece of `TileLayout.store`: its intermediates stay in the L2 cache
 
@@ -98,11 +101,22 @@ class TileGeometry:
         return self.tile_bytes / self.used_bytes - 1
 
 
+def _widths(qtype: QType, columns: int, piece: int) -> Iterator[int]:
+    """For each of `_WIDTHS` the widest equal part of a row in it, or 0; at last a piece."""
+    pieces = columns // piece
+    parts = [columns // count for count in range(1, pieces + 1) if pieces % count == 0]
+    for widths in _WIDTHS:
+        yield next((width for width in parts if width in widths and qtype.row_bytes(width) <= _MOST_ROW_BYTES), 0)
+    yield piece
+
+
+@cache
 def tile_geometry(qtype: QType, rows: int, columns: int) -> TileGeometry:
     """The tiles of a weight; a function of its type and shape alone, so that every kernel and upload agrees.
 
-    Tiles are as wide as the weight up to 4096 columns, else the widest equal part of whole pieces that is. Of the
-    numbers of rows that divide the weight's, the least is taken that keeps lanes busy and padding small.
+    Tiles are the widest equal parts of a row that are whole pieces and of 1024 to 4096 columns; where there are none,
+    the widest that a ring of two holds. Of the numbers of rows that divide the weight's, the least is taken that keeps
+    lanes busy and padding small.
 
     Raises:
         UnsupportedError: when a row is not whole pieces of 32 elements and whole blocks.
@@ -113,14 +127,13 @@ def tile_geometry(qtype: QType, rows: int, columns: int) -> TileGeometry:
         raise UnsupportedError(
             f"{qtype.name} weight of {rows} x {columns}: the CUDA executor wants rows of whole {piece} elements"
         )
-    pieces = columns // piece
-    parts = next(parts for parts in range(1, pieces + 1) if pieces % parts == 0 and columns // parts <= _MOST_COLUMNS)
+    tile_columns = next(width for width in _widths(qtype, columns, piece) if width)
     choices = [
         TileGeometry(
             rows=rows,
             columns=columns,
             tile_rows=tile_rows,
-            tile_columns=columns // parts,
+            tile_columns=tile_columns,
             piece_elements=piece,
             piece_bytes=qtype.row_bytes(piece),
         )

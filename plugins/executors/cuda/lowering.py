@@ -7,65 +7,44 @@ length. Those are read by the kernels from the step's rows on the device.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from attrs import define, evolve, field, frozen
+from attrs import define, evolve, field
 
 from mortice.core.errors import ExecutionError
 from mortice.core.model import operators as op
 from mortice.core.model.operators import Buffer, Operator, WeightRef
-from mortice.core.model.program import Program
 from mortice.core.model.weight_plan import WeightPlan
-from mortice.plugins.executors.cuda.fusion import Group, LinearGroup, PlaceGroup, fuse
-from mortice.plugins.executors.cuda.layouts import tile_geometry
-from mortice.plugins.executors.cuda.nvrtc import Source
-from mortice.plugins.executors.cuda.sources import GEMV_THREADS, KernelSources
-from mortice.plugins.executors.cuda.workspace import Workspace, place_buffers
+from mortice.plugins.executors.cuda.attend import attend
+from mortice.plugins.executors.cuda.attend_runs import attend_runs
+from mortice.plugins.executors.cuda.cublas import WORKSPACE_BYTES
+from mortice.plugins.executors.cuda.fusion import Group, LinearGroup, PlaceGroup, SingleGroup
+from mortice.plugins.executors.cuda.launches import Addresses, LaunchSpec, Spec, StepRows, rope_key
+from mortice.plugins.executors.cuda.linear import LinearLowering
+from mortice.plugins.executors.cuda.matmul import (
+    MatmulScratch,
+    RowPath,
+    attention_tile,
+    matmul_scratch,
+    row_path,
+    row_paths,
+)
+from mortice.plugins.executors.cuda.placing import (
+    LOGIT_ROWS,
+    PARTIAL_ROWS,
+    attention_splits,
+    linear_groups,
+    place_program,
+)
+from mortice.plugins.executors.cuda.sources import KernelSources
+from mortice.plugins.executors.cuda.workspace import Workspace
 
-__all__ = [
-    "LOGIT_ROWS",
-    "TOKEN_TILES",
-    "Addresses",
-    "LaunchSpec",
-    "Lowering",
-    "StepRows",
-    "place_program",
-    "rope_key",
-    "scratch_bytes",
-]
-
-TOKEN_TILES = (1, 8)
-"""Tokens one pass over the weights serves; a step takes the smallest that holds its rows, or several passes."""
+__all__ = ["Lowering"]
 
 _ACT_KINDS = {"silu": 1, "gelu_tanh": 2, "gelu_erf": 3, "relu": 4, "relu_squared": 5}
-LOGIT_ROWS = 8
-"""Rows the head runs over at once; the logits of more are taken in several runs."""
-
-_PARTIAL_ROWS = 8
-"""Rows whose attention may be split along the context; steps of more rows fill the card without."""
 
 Pointer, Int, Float = ctypes.c_uint64, ctypes.c_int32, ctypes.c_float
-
-
-class StepRows(ctypes.Structure):
-    """Mirror of ``StepRows`` in ``ops/kv_cache.cuh``."""
-
-    _fields_ = [(name, Pointer) for name in ("token_ids", "positions", "tables", "pages")]
-
-
-class _SegmentArgs(ctypes.Structure):
-    _fields_ = [(name, Pointer) for name in ("weight", "bias", "residual", "out")]
-
-
-class _GemvArgs(ctypes.Structure):
-    _fields_ = [
-        ("x", Pointer),
-        ("norm_weight", Pointer),
-        ("norm_bias", Pointer),
-        ("norm_eps", Float),
-        ("segments", _SegmentArgs * 4),
-    ]
 
 
 class _AttentionArgs(ctypes.Structure):
@@ -87,100 +66,6 @@ class _PlaceArgs(ctypes.Structure):
     ]
 
 
-@frozen(eq=False, kw_only=True)
-class Addresses:
-    """Where things lie on the device.
-
-    Attributes:
-        weights: address of each planned weight, by its reference.
-        workspace: start of the workspace.
-        keys: start of each layer's K pages.
-        values: start of each layer's V pages.
-        rows: the step's rows.
-        selected: row numbers for `SelectRows`.
-        partial: scratch of split attention.
-        arrivals: counters of split attention.
-        frequencies: RoPE's tables by (operator's constants).
-
-    """
-
-    weights: Mapping[WeightRef, int]
-    workspace: int
-    keys: Sequence[int]
-    values: Sequence[int]
-    rows: StepRows
-    selected: int
-    partial: int
-    arrivals: int
-    frequencies: Mapping[object, tuple[int, float]]
-
-
-@frozen(eq=False, kw_only=True)
-class LaunchSpec:
-    """One kernel launch: source and entry, and what it needs at a number of rows.
-
-    Attributes:
-        name: the operators done, for tables and errors.
-        label: what kind of work it is, to add up equal ones.
-        source: what is compiled.
-        entry: the kernel's name.
-        block: threads.
-        shared_symbol: the constant of the source that says how much dynamic shared memory it wants; none without.
-        grid: blocks for (rows, blocks the card runs at once).
-        args: arguments for (addresses, rows).
-        outputs: the buffers that are complete when it is done.
-
-    """
-
-    name: str
-    label: str
-    source: Source
-    entry: str
-    block: int
-    shared_symbol: str = ""
-    grid: Callable[[int, int], tuple[int, int, int]]
-    args: Callable[[Addresses, int], tuple[Any, ...]]
-    outputs: tuple[Buffer, ...] = ()
-
-
-def place_program(program: Program, rows: int) -> tuple[list[Group], Workspace]:
-    """The groups of a program, and where their buffers lie for `rows` tokens.
-
-    What the head writes has room for `LOGIT_ROWS` only: the logits of a whole prompt would dwarf everything else.
-    """
-    groups = fuse(program.operators, program.logits)
-    uses: list[tuple[Sequence[Buffer], Sequence[Buffer]]] = []
-    few: set[Buffer] = set()
-    in_head = False
-    for group in groups:
-        if isinstance(group, LinearGroup):
-            added = (group.added,) if group.added is not None else ()
-            uses.append(((group.source, *added), group.outputs))
-        elif isinstance(group, PlaceGroup):
-            uses.append((group.sources, group.outputs))
-        else:
-            in_head = in_head or isinstance(group.operator, op.SelectRows)
-            uses.append((group.operator.inputs, group.operator.outputs))
-        if in_head:
-            few.update(uses[-1][1])
-    padded = -(-rows // TOKEN_TILES[-1]) * TOKEN_TILES[-1]
-    return groups, place_buffers(uses, lambda buffer: LOGIT_ROWS if buffer in few else padded, [program.logits])
-
-
-def attention_splits(program: Program, sm_count: int) -> int:
-    """Parts the context of one row is attended in at most: enough to give every multiprocessor two blocks."""
-    kv_heads = min(shape.num_kv_heads for shape in program.kv)
-    return max(1, min(64, -(-2 * sm_count // kv_heads)))
-
-
-def scratch_bytes(program: Program, sm_count: int, rows: int) -> tuple[int, int]:
-    """Bytes of split attention's partial sums, and of its counters."""
-    attentions = [o for o in program.operators if isinstance(o, op.Attention)]
-    widest = max((o.num_heads * (o.head_dim + 2) for o in attentions), default=1)
-    heads = max((o.num_kv_heads for o in attentions), default=1)
-    return 4 * _PARTIAL_ROWS * attention_splits(program, sm_count) * widest, 4 * rows * heads
-
-
 @define(eq=False)
 class Lowering:
     """The launches of a program.
@@ -191,7 +76,11 @@ class Lowering:
         rows: most rows of a step.
         kv_type: element type of the cache.
         sm_count: multiprocessors of the card.
-        quantize_activations: whether products with quantised weights take int8 activations.
+        quantize_activations: whether products may take int8 or half-precision activations.
+        cublas: whether cuBLAS is there for steps of many rows.
+        bulk_copies: whether the card copies to shared memory in bulk (sm_90 and later).
+        paths: the ways that the linear maps of a step go, by rising numbers of rows.
+        scratch: where products of many rows lie.
 
     """
 
@@ -201,83 +90,77 @@ class Lowering:
     kv_type: str
     sm_count: int
     quantize_activations: bool = True
+    cublas: bool = False
+    bulk_copies: bool = False
     groups: list[Group] = field(init=False, repr=False)
     workspace: Workspace = field(init=False, repr=False)
+    paths: tuple[RowPath, ...] = field(init=False)
+    scratch: MatmulScratch = field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         self.groups, self.workspace = place_program(self.plan.program, self.rows)
+        self.paths = row_paths(self.rows, exact=not self.quantize_activations, cublas=self.cublas)
+        groups = linear_groups(self.groups, self.rows)
+        self.scratch = matmul_scratch(groups, self.paths, self.sm_count, WORKSPACE_BYTES)
         self._planned = {planned.weight: planned for planned in self.plan.weights}
+        self._places = {group.attention: group for group in self.groups if isinstance(group, PlaceGroup)}
+        self._linear = LinearLowering(
+            sources=self.sources,
+            planned=self._planned,
+            workspace=self.workspace,
+            scratch=self.scratch,
+            sm_count=self.sm_count,
+            quantize_activations=self.quantize_activations,
+            bulk_copies=self.bulk_copies,
+        )
 
     _planned: dict[WeightRef, Any] = field(init=False, repr=False)
+    _places: dict[Operator, PlaceGroup] = field(init=False, repr=False)
+    _linear: LinearLowering = field(init=False, repr=False)
 
     @property
     def splits(self) -> int:
         """Parts a row's context is attended in at most."""
         return attention_splits(self.plan.program, self.sm_count)
 
-    def launches(self, tokens: int) -> tuple[list[LaunchSpec], list[LaunchSpec]]:
-        """The launches of the body and of the head, for steps of up to `tokens` rows a pass (of `TOKEN_TILES`)."""
-        body: list[LaunchSpec] = []
-        head: list[LaunchSpec] = []
+    def path(self, rows: int) -> RowPath:
+        """The way that the linear maps of a step of `rows` rows go."""
+        return row_path(self.paths, rows)
+
+    def launches(self, path: RowPath) -> tuple[list[Spec], list[Spec]]:
+        """What the body and the head queue when a step goes by `path`; no head for ways only longer steps go."""
+        body: list[Spec] = []
+        head: list[Spec] = []
         target = body
-        for group in self.groups:
+        has_head = path in {self.path(rows) for rows in range(1, LOGIT_ROWS + 1)}
+        for i, group in enumerate(self.groups):
+            if isinstance(group, SingleGroup) and isinstance(group.operator, op.SelectRows):
+                if not has_head:
+                    break
+                target = head
             if isinstance(group, LinearGroup):
-                specs, outputs = self._linear(group, tokens), group.outputs
-            elif isinstance(group, PlaceGroup):
-                specs, outputs = [self._place(group)], group.outputs
+                around = (self.groups[i - 1] if i else None, self.groups[i + 1] if i + 1 < len(self.groups) else None)
+                before, after = (other if isinstance(other, LinearGroup) else None for other in around)
+                target += self._linear.launches(group, path, before, after)
             else:
-                if isinstance(group.operator, op.SelectRows):
-                    target = head
-                specs, outputs = [self._single(group.operator)], group.operator.outputs
-            target += (*specs[:-1], evolve(specs[-1], outputs=outputs))
+                target += self._others(group, path)
         return body, head
 
-    # linear maps ------------------------------------------------------------------------------------------------
-
-    def _linear(self, group: LinearGroup, tokens: int) -> list[LaunchSpec]:
-        weights = [self._planned[linear.weight] for linear in group.linears]
-        columns = weights[0].columns
-        source = self.sources.gemv(
-            weights,
-            columns=columns,
-            tokens=tokens,
-            norm=group.norm,
-            gated=group.gated is not None,
-            activation=group.gated.activation if group.gated else group.act.activation if group.act else None,
-            quantize_activations=self.quantize_activations,
-        )
-        units = sum(tile_geometry(w.tensor.qtype, w.rows, w.columns).row_groups for w in weights)
-        units = units // 2 if group.gated else units
-
-        def args(at: Addresses, _: int) -> tuple[Any, ...]:
-            return (self._gemv_args(group, at),)
-
-        return [
-            LaunchSpec(
-                name="+".join(operator.name for operator in group.operators),
-                label=f"linear {'+'.join(dict.fromkeys(weight.tensor.qtype.name for weight in weights))}",
-                source=source,
-                entry="gemv",
-                block=GEMV_THREADS,
-                shared_symbol="shared_bytes",
-                grid=lambda rows, at_once: (min(at_once, -(-units // (GEMV_THREADS // 32))), -(-rows // tokens), 1),
-                args=args,
-            )
-        ]
-
-    def _gemv_args(self, group: LinearGroup, at: Addresses) -> _GemvArgs:
-        args = _GemvArgs(x=self._buffer(at, group.source))
-        if group.norm is not None:
-            args.norm_weight = at.weights[group.norm.weight]
-            args.norm_bias = at.weights[group.norm.bias] if group.norm.bias is not None else 0
-            args.norm_eps = group.norm.eps
-        outputs = group.outputs if len(group.outputs) == len(group.linears) else group.outputs * len(group.linears)
-        for segment, linear, bias, out in zip(args.segments, group.linears, group.biases, outputs, strict=False):
-            segment.weight = at.weights[linear.weight]
-            segment.bias = at.weights[bias.weight] if bias is not None else 0
-            segment.residual = self._buffer(at, group.added) if group.added is not None else 0
-            segment.out = self._buffer(at, out)
-        return args
+    def _others(self, group: SingleGroup | PlaceGroup, path: RowPath) -> list[Spec]:
+        if path.kind == "gemv" and path.rows == 1:  # nothing but this token is new: one launch for both
+            if isinstance(group, PlaceGroup):
+                return []
+            place = self._places.get(group.operator)
+            if place is not None:
+                splits = min(self.splits, max(1, self.sm_count // place.write.num_kv_heads))
+                return [attend(place, self.sources, self.kv_type, splits, self._buffer)]
+        if isinstance(group, PlaceGroup):
+            specs: list[Spec] = [self._place(group)]
+        elif isinstance(group.operator, op.Attention):
+            specs = self._attention(group.operator, path)
+        else:
+            specs = [self._single(group.operator)]
+        return [*specs[:-1], evolve(specs[-1], outputs=group.outputs)]
 
     def _buffer(self, at: Addresses, buffer: Buffer) -> int:
         return at.workspace + self.workspace.offsets[buffer]
@@ -302,8 +185,6 @@ class Lowering:
                 return self._rope(o)
             case op.KvWrite():
                 return self._kv_write(o)
-            case op.Attention():
-                return self._attention(o)
             case op.Add():
                 return self._elementwise(o, o.out, lambda at: (self._p(at, o.a), self._p(at, o.b), self._p(at, o.out)))
             case op.Act():
@@ -316,6 +197,18 @@ class Lowering:
                 )
             case op.Scale():
                 return self._elementwise(o, o.out, lambda at: (self._p(at, o.src), self._p(at, o.out), Float(o.factor)))
+            case op.PositionScale():
+                return self._elementwise(
+                    o,
+                    o.out,
+                    lambda at: (
+                        self._p(at, o.src),
+                        Pointer(at.rows.positions),
+                        self._p(at, o.out),
+                        Float(o.strength),
+                        Int(o.period),
+                    ),
+                )
             case op.Softcap():
                 return self._elementwise(o, o.out, lambda at: (self._p(at, o.src), self._p(at, o.out), Float(o.cap)))
             case op.SelectRows():
@@ -351,7 +244,7 @@ class Lowering:
 
     def _norm(self, o: op.Norm) -> LaunchSpec:
         width = o.src.width // o.groups
-        per_row = o.weight.rows != width
+        per_row = o.weight.rows * o.weight.columns != width
 
         def args(at: Addresses, _: int) -> tuple[Any, ...]:
             bias = Pointer(at.weights[o.bias] if o.bias is not None else 0)
@@ -437,18 +330,24 @@ class Lowering:
             args=args,
         )
 
-    def _attention(self, o: op.Attention) -> LaunchSpec:
-        assert o.layer is not None
-        layer = o.layer
+    def _attention(self, o: op.Attention, path: RowPath) -> list[Spec]:
+        """Rows by themselves; in steps of many rows, those that follow one another together before."""
+        tile = attention_tile(o.num_heads // o.num_kv_heads)
+        many = path.kind == "gemm" or (path.kind == "matmul" and path.rows > PARTIAL_ROWS)
+        if not many or o.head_dim % 16 or self.kv_type == "f32":
+            return [self._attend_rows(o, 0)]
+        return [attend_runs(o, tile, self.sources, self.kv_type, self._buffer), self._attend_rows(o, tile.rows)]
 
+    def _attend_rows(self, o: op.Attention, run_tile: int) -> LaunchSpec:
         def splits(rows: int) -> int:
-            return max(1, self.splits // rows) if rows <= _PARTIAL_ROWS else 1
+            return max(1, self.splits // rows) if rows <= PARTIAL_ROWS else 1
 
         def args(at: Addresses, rows: int) -> tuple[Any, ...]:
+            keys, values = self._caches(o, at)
             filled = _AttentionArgs(
                 q=self._buffer(at, o.src),
-                keys=at.keys[layer],
-                values=at.values[layer],
+                keys=keys,
+                values=values,
                 out=self._buffer(at, o.out),
                 partial=at.partial,
                 arrivals=at.arrivals,
@@ -463,14 +362,13 @@ class Lowering:
         return LaunchSpec(
             name=o.name,
             label=o.kind,
-            source=self.sources.attention(o, self.kv_type, self.splits),
+            source=self.sources.attention(o, self.kv_type, self.splits, run_tile),
             entry="attention",
             block=128,
             grid=lambda rows, _: (splits(rows), o.num_kv_heads, rows),
             args=args,
         )
 
-
-def rope_key(o: op.Rope) -> object:
-    """What a RoPE table depends on."""
-    return (o.dims, o.base, o.scaling, o.factors)
+    def _caches(self, o: op.Attention, at: Addresses) -> tuple[int, int]:
+        assert o.layer is not None
+        return at.keys[o.layer], at.values[o.layer]

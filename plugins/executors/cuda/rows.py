@@ -10,10 +10,13 @@ from numpy.typing import NDArray
 
 from mortice.plugins.executors.cuda.device import Device
 from mortice.plugins.executors.cuda.kv_pool import CudaSequence
-from mortice.plugins.executors.cuda.lowering import StepRows
+from mortice.plugins.executors.cuda.launches import StepRows
 from mortice.plugins.executors.cuda.stream import Stream
 
-__all__ = ["Row", "RowTable"]
+__all__ = ["MAX_SEQUENCES", "Row", "RowTable"]
+
+MAX_SEQUENCES = 32
+"""Sequences that may be open at once."""
 
 Row = tuple[CudaSequence, int, int, bool]
 """(sequence, token id, position, whether logits are wanted)"""

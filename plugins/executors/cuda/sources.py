@@ -11,15 +11,15 @@ from mortice.core.model.operators import Attention, Norm
 from mortice.core.model.weight_plan import PlannedWeight
 from mortice.plugins.executors.cuda.choosing import choice_blocks, choice_defines
 from mortice.plugins.executors.cuda.flatten import flatten
-from mortice.plugins.executors.cuda.fusion import PlaceGroup
+from mortice.plugins.executors.cuda.fusion import LinearGroup, PlaceGroup
+from mortice.plugins.executors.cuda.gemv import GemvShape
 from mortice.plugins.executors.cuda.layouts import tile_geometry
+from mortice.plugins.executors.cuda.matmul import AttentionTile, MatmulTile, Slices, input_threads
 from mortice.plugins.executors.cuda.nvrtc import Source
 
-__all__ = ["ACTIVATIONS", "GEMV_THREADS", "KernelSources"]
+__all__ = ["ACTIVATIONS", "KV_NAMES", "KernelSources"]
 
 OPS = Path(__file__).parent / "ops"
-
-GEMV_THREADS = 512
 
 ACTIVATIONS: Mapping[str | None, str] = {
     None: "kIdentity",
@@ -29,8 +29,10 @@ ACTIVATIONS: Mapping[str | None, str] = {
     "relu": "kRelu",
     "relu_squared": "kReluSquared",
 }
+_RUN_GROUPS = 12
 _NORMS = {None: "kNoNorm", "rms": "kRmsNorm", "layer": "kLayerNorm"}
-_KV = {"f16": "__half", "f32": "float"}
+KV_NAMES: Mapping[str, str] = {"f16": "__half", "f32": "float", "q8_0": "Q8"}
+"""The C++ types of `mortice.core.model.kv_types.KV_TYPES`, see ``ops/kv_cache.cuh``."""
 
 
 @frozen
@@ -45,6 +47,7 @@ class KernelSources:
         *,
         columns: int,
         tokens: int,
+        shape: GemvShape,
         norm: Norm | None,
         gated: bool,
         activation: str | None,
@@ -54,12 +57,14 @@ class KernelSources:
         defines: dict[str, str | int] = {
             "COLS": columns,
             "TOKENS": tokens,
-            "THREADS": GEMV_THREADS,
+            "THREADS": shape.threads,
+            "RING_SLOTS": shape.slots,
+            "BLOCKS": shape.blocks,
             "NORM": _NORMS[norm.type if norm is not None else None],
             "GATED": int(gated),
             "ACTIVATION": ACTIVATIONS[activation],
             "QUANTIZE_ACTIVATIONS": int(quantize_activations),
-            "SEGMENTS": ",".join(f"Segment<{_tiling(weight)},{weight.rows}>" for weight in weights),
+            "SEGMENTS": _segments(weights),
         }
         return self._source("gemv.cu", defines, [weight.tensor.qtype.name for weight in weights])
 
@@ -69,35 +74,100 @@ class KernelSources:
         defines: dict[str, str | int] = {"WEIGHT": f"Tile<{_tiling(weight)}>", "QTYPE": qtype, "COLS": weight.columns}
         return self._source("embed.cu", defines, [qtype])
 
-    def attention(self, attention: Attention, kv_type: str, splits: int) -> Source:
-        """See ``ops/attention.cu``."""
+    def matmul_input(
+        self, columns: int, norm: Norm | None, pass_rows: int, joined: LinearGroup | None = None
+    ) -> Source:
+        """See ``ops/matmul_input.cu``; `joined` is the group whose products are finished there."""
+        defines: dict[str, str | int] = {
+            "COLS": columns,
+            "THREADS": input_threads(columns),
+            "NORM": _NORMS[norm.type if norm is not None else None],
+            "PASS": pass_rows,
+            "JOIN": int(joined is not None),
+            "GATED": int(joined is not None and joined.gated is not None),
+            "ACTIVATION": ACTIVATIONS[joined.activation if joined is not None else None],
+        }
+        return self._source("matmul_input.cu", defines)
+
+    def matmul(self, weights: Sequence[PlannedWeight], columns: int, tile: MatmulTile, slices: Slices) -> Source:
+        """See ``ops/matmul.cu``."""
+        defines: dict[str, str | int] = {
+            "COLS": columns,
+            "PASS": tile.rows,
+            "THREADS": tile.threads,
+            "HEIGHT": tile.height,
+            "SLICES": slices.count,
+            "SLICE_STEPS": slices.steps,
+            "SEGMENTS": _segments(weights),
+        }
+        return self._source("matmul.cu", defines, [weight.tensor.qtype.name for weight in weights])
+
+    def matmul_finish(self, group: LinearGroup, vector: int) -> Source:
+        """See ``ops/matmul_finish.cu``."""
+        defines: dict[str, str | int] = {
+            "GATED": int(group.gated is not None),
+            "ACTIVATION": ACTIVATIONS[group.activation],
+            "VECTOR": vector,
+        }
+        return self._source("matmul_finish.cu", defines)
+
+    def dequantise(self, weight: PlannedWeight) -> Source:
+        """A weight as halves, row by row, see ``ops/dequantise.cu``."""
+        qtype = weight.tensor.qtype.name
+        defines: dict[str, str | int] = {
+            "WEIGHT": f"Tile<{_tiling(weight)}>",
+            "QTYPE": qtype,
+            "COLS": weight.columns,
+            "OUT": "__half",
+        }
+        return self._source("dequantise.cu", defines, [qtype])
+
+    def attention_prefill(self, attention: Attention, kv_type: str, tile: AttentionTile) -> Source:
+        """See ``ops/attention_prefill.cu``."""
+        defines: dict[str, str | int] = {
+            "HEAD_DIM": attention.head_dim,
+            "HEADS": tile.heads,
+            "GROUP": attention.num_heads // attention.num_kv_heads,
+            "KV_HEADS": attention.num_kv_heads,
+            "KV": KV_NAMES[kv_type],
+            "RUN_TILE": tile.rows,
+            "SOFTCAP": int(attention.softcap > 0),
+            "WINDOWED": int(attention.window > 0),
+        }
+        return self._source("attention_prefill.cu", defines)
+
+    def attention(self, attention: Attention, kv_type: str, splits: int, run_tile: int = 0) -> Source:
+        """See ``ops/attention.cu``; with a `run_tile`, of rows that ``ops/attention_prefill.cu`` leaves out."""
         defines: dict[str, str | int] = {
             "HEAD_DIM": attention.head_dim,
             "GROUP": attention.num_heads // attention.num_kv_heads,
-            "KV": _KV[kv_type],
+            "KV": KV_NAMES[kv_type],
             "SPLITS": splits,
+            "RUN_TILE": run_tile,
             "SOFTCAP": int(attention.softcap > 0),
             "WINDOWED": int(attention.window > 0),
         }
         return self._source("attention.cu", defines)
 
+    def attend(self, place: PlaceGroup, kv_type: str, splits: int) -> Source:
+        """See ``ops/attend.cu``."""
+        attention = place.attention
+        defines: dict[str, str | int] = {
+            "GROUP": attention.num_heads // attention.num_kv_heads,
+            "SPLITS": splits,
+            "SOFTCAP": int(attention.softcap > 0),
+            "WINDOWED": int(attention.window > 0),
+            "RUN_GROUPS": _RUN_GROUPS,
+        }
+        return self._source("attend.cu", {**_placing(place, kv_type), **defines})
+
     def place(self, group: PlaceGroup, kv_type: str) -> Source:
         """See ``ops/place.cu``."""
-        rope, norm = group.q_rope, group.q_norm
-        defines: dict[str, str | int] = {
-            "HEAD_DIM": group.write.head_dim,
-            "Q_HEADS": group.attention.num_heads,
-            "KV_HEADS": group.write.num_kv_heads,
-            "DIMS": rope.dims if rope is not None else 0,
-            "HALVES": int(rope is not None and rope.style == "halves"),
-            "HEAD_NORM": _NORMS[norm.type if norm is not None else None],
-            "KV": _KV[kv_type],
-        }
-        return self._source("place.cu", defines)
+        return self._source("place.cu", {**_placing(group, kv_type), "Q_HEADS": group.attention.num_heads})
 
     def kv_write(self, kv_type: str) -> Source:
         """See ``ops/kv_write.cu``."""
-        return self._source("kv_write.cu", {"KV": _KV[kv_type]})
+        return self._source("kv_write.cu", {"KV": KV_NAMES[kv_type]})
 
     def plain(self) -> Source:
         """Every operator that nothing fuses, see ``ops/plain.cu``."""
@@ -117,6 +187,22 @@ class KernelSources:
         return Source(name=file.removesuffix(".cu"), text=text, defines=defines)
 
 
+def _segments(weights: Sequence[PlannedWeight]) -> str:
+    return ",".join(f"Segment<{_tiling(weight)},{weight.rows}>" for weight in weights)
+
+
 def _tiling(weight: PlannedWeight) -> str:
     geometry = tile_geometry(weight.tensor.qtype, weight.rows, weight.columns)
     return f"{weight.tensor.qtype.name},{geometry.tile_rows},{geometry.tile_columns}"
+
+
+def _placing(group: PlaceGroup, kv_type: str) -> dict[str, str | int]:
+    rope, norm = group.q_rope, group.q_norm
+    return {
+        "HEAD_DIM": group.write.head_dim,
+        "KV_HEADS": group.write.num_kv_heads,
+        "DIMS": rope.dims if rope is not None else 0,
+        "HALVES": int(rope is not None and rope.style == "halves"),
+        "HEAD_NORM": _NORMS[norm.type if norm is not None else None],
+        "KV": KV_NAMES[kv_type],
+    }

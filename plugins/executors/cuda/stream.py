@@ -27,14 +27,23 @@ class Event:
 
     _driver: Driver = field(repr=False)
     cu: Any = field(repr=False)
+    _record: Any = field(init=False, repr=False)
+    _synchronize: Any = field(init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._record, self._synchronize = self._driver.api.cuEventRecord, self._driver.api.cuEventSynchronize
 
     def record(self, stream: Stream) -> None:
         """Put this point at the stream's end, as it is now."""
-        self._driver("cuEventRecord", self.cu, stream.cu)
+        code = self._record(self.cu, stream.cu)[0]
+        if code:
+            raise result_error(self._driver.api, "cuEventRecord", code)
 
     def synchronize(self) -> None:
         """Wait until the device has passed it."""
-        self._driver("cuEventSynchronize", self.cu)
+        code = self._synchronize(self.cu)[0]
+        if code:
+            raise result_error(self._driver.api, "cuEventSynchronize", code)
 
     @property
     def done(self) -> bool:

@@ -12,6 +12,7 @@ from attrs import define, field
 from numpy.typing import NDArray
 
 from mortice.core.errors import DoesNotFitError
+from mortice.core.model.kv_types import kv_type_reasons
 from mortice.core.model.operators import OPERATOR_KINDS, Attention, Buffer, SelectRows
 from mortice.core.model.program import Program
 from mortice.core.model.residency import BoundModel
@@ -20,12 +21,11 @@ from mortice.core.model.weight_plan import ALIGNMENT, Kernel
 from mortice.core.plugin.interfaces import Emit, QuantizationType, RuntimeSettings
 from mortice.plugins.executors.reference.layouts import ExpandedLayout, FileLayout
 from mortice.plugins.executors.reference.ops import SCORE_ELEMENTS
-from mortice.plugins.executors.reference.runtime import ReferenceRuntime
+from mortice.plugins.executors.reference.runtime import ReferenceRuntime, kv_type_of
 
 __all__ = ["HostArena", "ReferenceExecutor"]
 
 _WITH_WEIGHTS = ("linear", "embed", "embed_positions", "norm", "add_bias", "rope")
-_KV_TYPES = ("auto", "f32")
 
 
 @define(eq=False)
@@ -91,11 +91,10 @@ class ReferenceExecutor:
         ]
         if settings.activations not in ("auto", "f32"):
             reasons.append(f"executor.activations = {settings.activations!r}: the reference executor has auto or f32")
-        if settings.kv_type not in _KV_TYPES:
-            reasons.append(f"executor.kv = {settings.kv_type!r}: the reference executor keeps {' or '.join(_KV_TYPES)}")
-        return reasons
+        return [*reasons, *kv_type_reasons(program.kv, kv_type_of(settings), self.name)]
 
     def kv_bytes(self, program: Program, settings: RuntimeSettings) -> int:
+        """Four bytes an element, whatever the type: what a smaller one would hold is kept as float32."""
         return 4 * settings.context_length * sum(shape.elements for shape in program.kv)
 
     def workspace_bytes(self, program: Program, settings: RuntimeSettings) -> int:

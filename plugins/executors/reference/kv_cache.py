@@ -1,4 +1,4 @@
-"""The KV cache of one sequence, float32, grown as it fills."""
+"""The KV cache of one sequence, grown as it fills: float32 that went through the type asked for."""
 
 from __future__ import annotations
 
@@ -9,13 +9,30 @@ from attrs import define, field
 from numpy.typing import NDArray
 
 from mortice.core.errors import InputError
+from mortice.core.model.kv_types import KV_TYPES
 from mortice.core.model.program import KvShape
 
-__all__ = ["ReferenceSequence"]
+__all__ = ["ReferenceSequence", "through_kv_type"]
 
 Array = NDArray[np.float32]
 
 _FIRST_CAPACITY = 256
+
+
+def through_kv_type(values: Array, kv_type: str) -> Array:
+    """`values`, whose last axis is a head, as they come back from a cache of this type (float32, same shape).
+
+    ``q8_0`` is GGML's: blocks of 32 with a half-precision scale, 1/127 of the block's largest magnitude.
+    """
+    if kv_type == "f32":
+        return values
+    if kv_type == "f16":
+        return values.astype(np.float16).astype(np.float32)
+    blocks = values.reshape(*values.shape[:-1], -1, KV_TYPES["q8_0"].block_elements)
+    scales = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
+    integers = np.rint(blocks / np.where(scales > 0, scales, np.float32(1)))
+    rounded: Array = integers * scales.astype(np.float16).astype(np.float32)
+    return rounded.reshape(values.shape)
 
 
 @define(eq=False)
@@ -24,6 +41,7 @@ class ReferenceSequence:
 
     shapes: Sequence[KvShape]
     context_length: int
+    kv_type: str = "f32"
     length: int = field(default=0, init=False)
     _keys: list[Array] = field(init=False, repr=False)
     _values: list[Array] = field(init=False, repr=False)
@@ -51,7 +69,7 @@ class ReferenceSequence:
         self._reserve(layer, end)
         for cache, rows in ((self._keys, k), (self._values, v)):
             heads = rows.reshape(len(rows), shape.num_kv_heads, shape.head_dim).transpose(1, 0, 2)
-            cache[layer][:, self.length : end] = heads
+            cache[layer][:, self.length : end] = through_kv_type(heads, self.kv_type)
 
     def read(self, layer: int, new: int) -> tuple[Array, Array]:
         """K and V of all tokens and `new` just written ones, each (num_kv_heads, length + new, head_dim)."""

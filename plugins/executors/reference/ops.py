@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mortice.core.model.operators import Activation, NormType
 
-__all__ = ["SCORE_ELEMENTS", "activate", "attend", "linear", "normalize", "rotate", "softcap"]
+__all__ = ["SCORE_ELEMENTS", "activate", "attend", "linear", "normalize", "position_scale", "rotate", "softcap"]
 
 Array = NDArray[np.float32]
 
@@ -108,6 +108,11 @@ def attend(q: Array, keys: Array, values: Array, *, start: int, scale: float, ca
         mixed = mixed.reshape(num_kv_heads, group, rows, head_dim).transpose(2, 0, 1, 3)
         out[begin:end] = mixed.reshape(rows, num_heads, head_dim)
     return out.reshape(tokens, num_heads * head_dim)
+
+
+def position_scale(positions: NDArray[np.int64], strength: float, period: int) -> Array:
+    """The factor of a `PositionScale` at each position, float32 of their shape."""
+    return (1.0 + strength * np.log1p(positions // period)).astype(np.float32)
 
 
 def softcap(x: Array, cap: float) -> Array:

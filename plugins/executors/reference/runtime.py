@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -23,7 +25,7 @@ from mortice.plugins.executors.reference.bandwidth import read_bandwidth
 from mortice.plugins.executors.reference.kv_cache import ReferenceSequence
 from mortice.plugins.executors.reference.layouts import FileLayout, expand
 
-__all__ = ["ReferenceRuntime"]
+__all__ = ["ReferenceRuntime", "kv_type_of"]
 
 Array = NDArray[np.float32]
 
@@ -115,7 +117,7 @@ class ReferenceRuntime:
                 for buffer in (*operator.inputs, *operator.outputs)
                 if last_uses[buffer] == place and buffer != program.logits
             ]
-            run = _lower(operator, [weights[index] for index in bound.weights])
+            run = _lower(operator, [weights[index] for index in bound.weights], self.settings.context_length)
             label = operator.kind
             if isinstance(operator, op.Linear):
                 label += f" {self.model.plan.weights[bound.weights[0]].tensor.qtype.name}"
@@ -123,7 +125,8 @@ class ReferenceRuntime:
         self._logits = numbers[program.logits]
 
     def new_sequence(self) -> ReferenceSequence:
-        return ReferenceSequence(self.model.plan.program.kv, self.settings.context_length)
+        shapes = self.model.plan.program.kv
+        return ReferenceSequence(shapes, self.settings.context_length, kv_type_of(self.settings))
 
     def step(self, parts: Sequence[StepPart]) -> Array:
         return self._observed_step(self._prepare(parts), None)
@@ -220,10 +223,20 @@ class ReferenceRuntime:
             raise InputError("the sequence is not one of this runtime's")
         return sequence
 
+    def code_hashes(self) -> dict[str, str]:
+        """See `Identified`: of this package's source, for nothing is compiled."""
+        folder = Path(__file__).parent
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.py"))}
+
     def close(self) -> None:
         self._closed = True
         self._plan = []  # lets go of the weights, which are views of the arena
         self.model.resident.close()
+
+
+def kv_type_of(settings: RuntimeSettings) -> str:
+    """The type of the KV cache; float32 where nothing else is asked for."""
+    return "f32" if settings.kv_type == "auto" else settings.kv_type
 
 
 def _checked_ids(token_ids: Sequence[int], vocab_size: int) -> NDArray[np.int64]:
@@ -249,7 +262,7 @@ def _bind_weights(model: BoundModel) -> list[_Weight]:
     return weights
 
 
-def _lower(operator: op.Operator, weights: list[_Weight]) -> Run:  # noqa: C901 (one case an operator)
+def _lower(operator: op.Operator, weights: list[_Weight], context: int) -> Run:  # noqa: C901 (one case an operator)
     """The function that runs an operator, its constants and weights bound."""
     match operator:
         case op.Embed():
@@ -266,7 +279,7 @@ def _lower(operator: op.Operator, weights: list[_Weight]) -> Run:  # noqa: C901 
             offset = weights[0].vector()
             return lambda _, x: (x[0] + offset,)
         case op.Rope():
-            return _rope(operator, weights)
+            return _rope(operator, weights, context)
         case op.KvWrite():
             return _kv_write(operator)
         case op.Attention():
@@ -279,6 +292,8 @@ def _lower(operator: op.Operator, weights: list[_Weight]) -> Run:  # noqa: C901 
             return lambda _, x: (ops.activate(x[0], activation) * x[1],)
         case op.Scale(factor=factor):
             return lambda _, x: (x[0] * np.float32(factor),)
+        case op.PositionScale(strength=strength, period=period):
+            return lambda step, x: (x[0] * ops.position_scale(step.positions, strength, period)[:, None],)
         case op.Softcap(cap=cap):
             return lambda _, x: (ops.softcap(x[0], cap),)
         case op.SelectRows():
@@ -286,8 +301,10 @@ def _lower(operator: op.Operator, weights: list[_Weight]) -> Run:  # noqa: C901 
     raise ExecutionError(f"{operator.name}: the reference executor has no {operator.kind!r}")
 
 
-def _rope(rope: op.Rope, weights: list[_Weight]) -> Run:
-    frequencies, magnitude = rope_frequencies(rope, weights[0].vector() if weights else None)
+def _rope(rope: op.Rope, weights: list[_Weight], context: int) -> Run:
+    chosen = rope.factors_for(context)
+    factors = None if chosen is None else weights[rope.weights.index(chosen)].vector()
+    frequencies, magnitude = rope_frequencies(rope, factors)
     key = (rope.dims, rope.base, rope.scaling, rope.factors)
 
     def run(step: _Step, x: list[Array]) -> tuple[Array, ...]:

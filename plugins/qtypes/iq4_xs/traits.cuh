@@ -10,6 +10,7 @@
 struct IQ4_XS {
     static constexpr int kBlock = 256, kBlockBytes = 136;
     static constexpr bool kIntegerDot = true;
+    static constexpr bool kSigned = true;  // bytes of integers4
 
     struct Weight32 {
         uint4 codes;
@@ -36,8 +37,13 @@ struct IQ4_XS {
         return x.scale * w.scale() * static_cast<float>(dot_all<IQ4_XS>(w, x));
     }
 
+    // Scale and offset that make values of the integers of elements 0-15 (half 0) or 16-31.
+    static __device__ __forceinline__ float2 affine(const Weight32& w, int ) {
+        return make_float2(w.scale(), 0.f);
+    }
+
     static __device__ __forceinline__ float4 dequantise4(const Weight32& w, int group) {
-        return scaled4(integers4(w, group), w.scale());
+        return scaled4(integers4(w, group), affine(w, group / 4).x);
     }
 
     template <int kElements>

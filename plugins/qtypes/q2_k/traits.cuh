@@ -37,11 +37,14 @@ struct Q2_K {
         return x.scale * (d.x * static_cast<float>(sum) - d.y * static_cast<float>(minimum));
     }
 
-    static __device__ __forceinline__ float4 dequantise4(const Weight32& w, int group) {
-        const int half = group / 4;
+    // Scale and offset that make values of the integers of elements 0-15 (half 0) or 16-31.
+    static __device__ __forceinline__ float2 affine(const Weight32& w, int half) {
         const float2 d = half2_bits(w.factors);
-        return affine4(integers4(w, group), d.x * static_cast<float>(w.scale(half)),
-                       -(d.y * static_cast<float>(w.minimum(half))));
+        return make_float2(d.x * static_cast<float>(w.scale(half)), -(d.y * static_cast<float>(w.minimum(half))));
+    }
+
+    static __device__ __forceinline__ float4 dequantise4(const Weight32& w, int group) {
+        return affine4(integers4(w, group), affine(w, group / 4));
     }
 
     template <int kElements>

@@ -48,10 +48,15 @@ struct Q3_K {
         return x.scale * half_bits(w.d) * static_cast<float>(sum);
     }
 
-    static __device__ __forceinline__ float4 dequantise4(const Weight32& w, int group) {
+    // Scale and offset that make values of the integers of elements 0-15 (half 0) or 16-31.
+    static __device__ __forceinline__ float2 affine(const Weight32& w, int half) {
         const int2 scales = w.scales();
-        const float scale = half_bits(w.d) * static_cast<float>(group < 4 ? scales.x : scales.y);
-        return affine4(integers4(w, group), scale, -4.f * scale);
+        const float scale = half_bits(w.d) * static_cast<float>(half == 0 ? scales.x : scales.y);
+        return make_float2(scale, -4.f * scale);
+    }
+
+    static __device__ __forceinline__ float4 dequantise4(const Weight32& w, int group) {
+        return affine4(integers4(w, group), affine(w, group / 4));
     }
 
     template <int kElements>

@@ -27,9 +27,14 @@ struct Q4_0 {
         return x.scale * half_bits(w.d) * static_cast<float>(sum);
     }
 
-    static __device__ __forceinline__ float4 dequantise4(const Weight32& w, int group) {
+    // Scale and offset that make values of the integers of elements 0-15 (half 0) or 16-31.
+    static __device__ __forceinline__ float2 affine(const Weight32& w, int ) {
         const float d = half_bits(w.d);
-        return affine4(integers4(w, group), d, -8.f * d);
+        return make_float2(d, -8.f * d);
+    }
+
+    static __device__ __forceinline__ float4 dequantise4(const Weight32& w, int group) {
+        return affine4(integers4(w, group), affine(w, group / 4));
     }
 
     template <int kElements>

@@ -29,8 +29,13 @@ struct Q4_K {
         return x.scale * ScaleAndMinimum::of(w.head, w.c).apply(dot_nibbles(w.q, x), x.sum_low + x.sum_high);
     }
 
+    // Scale and offset that make values of the integers of elements 0-15 (half 0) or 16-31.
+    static __device__ __forceinline__ float2 affine(const Weight32& w, int ) {
+        return ScaleAndMinimum::of(w.head, w.c).affine();
+    }
+
     static __device__ __forceinline__ float4 dequantise4(const Weight32& w, int group) {
-        return ScaleAndMinimum::of(w.head, w.c).apply4(integers4(w, group));
+        return affine4(integers4(w, group), affine(w, group / 4));
     }
 
     template <int kElements>

@@ -32,9 +32,13 @@ struct Q5_1 {
         return x.scale * (factors.x * sum + factors.y * static_cast<float>(x.sum_low + x.sum_high));
     }
 
+    // Scale and offset that make values of the integers of elements 0-15 (half 0) or 16-31.
+    static __device__ __forceinline__ float2 affine(const Weight32& w, int ) {
+        return half2_bits(w.factors);
+    }
+
     static __device__ __forceinline__ float4 dequantise4(const Weight32& w, int group) {
-        const float2 factors = half2_bits(w.factors);
-        return affine4(integers4(w, group), factors.x, factors.y);
+        return affine4(integers4(w, group), affine(w, group / 4));
     }
 
     template <int kElements>

@@ -38,9 +38,14 @@ struct Q6_K {
         return x.scale * half_bits(w.d) * static_cast<float>(sum);
     }
 
+    // Scale and offset that make values of the integers of elements 0-15 (half 0) or 16-31.
+    static __device__ __forceinline__ float2 affine(const Weight32& w, int half) {
+        const float scale = half_bits(w.d) * static_cast<float>(w.scale(half));
+        return make_float2(scale, -32.f * scale);
+    }
+
     static __device__ __forceinline__ float4 dequantise4(const Weight32& w, int group) {
-        const float scale = half_bits(w.d) * static_cast<float>(w.scale(group / 4));
-        return affine4(integers4(w, group), scale, -32.f * scale);
+        return affine4(integers4(w, group), affine(w, group / 4));
     }
 
     template <int kElements>

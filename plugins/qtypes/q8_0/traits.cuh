@@ -8,6 +8,7 @@
 struct Q8_0 {
     static constexpr int kBlock = 32, kBlockBytes = 34;
     static constexpr bool kIntegerDot = true;
+    static constexpr bool kSigned = true;  // bytes of integers4
 
     struct Weight32 {
         uint4 low, high;
@@ -29,8 +30,13 @@ struct Q8_0 {
         return x.scale * half_bits(w.d) * static_cast<float>(dot_all<Q8_0>(w, x));
     }
 
+    // Scale and offset that make values of the integers of elements 0-15 (half 0) or 16-31.
+    static __device__ __forceinline__ float2 affine(const Weight32& w, int ) {
+        return make_float2(half_bits(w.d), 0.f);
+    }
+
     static __device__ __forceinline__ float4 dequantise4(const Weight32& w, int group) {
-        return scaled4(integers4(w, group), half_bits(w.d));
+        return scaled4(integers4(w, group), affine(w, group / 4).x);
     }
 
     template <int kElements>

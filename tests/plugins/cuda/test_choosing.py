@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,18 +18,15 @@ from mortice.plugins.executors.cuda.flatten import flatten
 from mortice.plugins.executors.cuda.nvrtc import Source, compile_cubin
 from mortice.plugins.executors.cuda.sources import OPS
 from tests.support.cuda import needs_nvrtc
+from tests.support.cuda_on_cpu import compile_for_cpu, needs_cpu_compiler
 from tests.support.draws import possible_tokens
-
-SHIM = Path(__file__).parents[2] / "support" / "cuda_threads.h"
-COMPILER = shutil.which("g++")
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no g++ to run the kernel on the CPU")
 
 VOCAB, BLOCKS, THREADS, CONTEXT = 1000, 3, 64, 40
 
 LAUNCHES = """
-extern "C" void run_choose(const ChooseArgs* args) { launch(kBlocks, kThreads, [=] { choose(*args); }); }
+extern "C" void run_choose(const ChooseArgs* args) { launch({kBlocks}, kThreads, [=] { choose(*args); }); }
 extern "C" void run_count(const int* history, int* counts, int first, int last) {
-    launch(kBlocks, kThreads, [=] { count_tokens(history, counts, first, last); });
+    launch({kBlocks}, kThreads, [=] { count_tokens(history, counts, first, last); });
 }
 """
 
@@ -87,14 +81,8 @@ class Card:
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     folder = tmp_path_factory.mktemp("choose")
-    (folder / "cuda_fp16.h").write_text(f'#include "{SHIM}"\n')
-    (folder / "choose.cpp").write_text(flatten(OPS / "choose.cu", [OPS]) + LAUNCHES)
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC", "-pthread", f"-I{folder}"]
-    flags += [f"-D{name}={value}" for name, value in choice_defines(VOCAB, BLOCKS, THREADS).items()]
-    command = [str(COMPILER), *flags, "-o", str(folder / "choose.so"), str(folder / "choose.cpp")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[:4000]
-    return ctypes.CDLL(str(folder / "choose.so"))
+    text = flatten(OPS / "choose.cu", [OPS]) + LAUNCHES
+    return compile_for_cpu(folder, text, choice_defines(VOCAB, BLOCKS, THREADS))
 
 
 @pytest.fixture
@@ -138,7 +126,7 @@ def check(found: int, logits: Logits, params: SamplingParams, seen: Sequence[int
     return False
 
 
-@needs_compiler
+@needs_cpu_compiler
 @pytest.mark.parametrize("name", DRAWS)
 def test_a_draw_is_the_hosts(card: Card, name: str) -> None:
     equal = []
@@ -150,7 +138,7 @@ def test_a_draw_is_the_hosts(card: Card, name: str) -> None:
     assert sum(equal) >= 0.95 * len(equal)
 
 
-@needs_compiler
+@needs_cpu_compiler
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("window", [0, 1, 3, 100])
 def test_bias_and_penalties_follow_the_sequence(card: Card, temperature: float, window: int) -> None:
@@ -172,7 +160,7 @@ def test_bias_and_penalties_follow_the_sequence(card: Card, temperature: float, 
         seen.append(found)
 
 
-@needs_compiler
+@needs_cpu_compiler
 def test_log_probabilities_and_alternatives_are_of_the_raw_logits(card: Card) -> None:
     params = SamplingParams(temperature=2.0, logit_bias={1: 9.0}, repetition_penalty=2.0, seed=1)
     for logits in rows(9):
@@ -190,7 +178,7 @@ def test_log_probabilities_and_alternatives_are_of_the_raw_logits(card: Card) ->
                 assert found.logprob == pytest.approx(wanted.logprob, rel=1e-5, abs=1e-4)
 
 
-@needs_compiler
+@needs_cpu_compiler
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_cannot_be_sampled_are_told(card: Card, temperature: float) -> None:
     fine = np.arange(VOCAB, dtype=np.float32) % 7

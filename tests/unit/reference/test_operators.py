@@ -88,6 +88,12 @@ def test_softcap_is_a_scaled_tanh() -> None:
     np.testing.assert_allclose(ops.softcap(x, 5.0)[0], wanted, rtol=1e-6)
 
 
+def test_a_position_scale_begins_with_one_and_grows_with_the_logarithm() -> None:
+    factors = ops.position_scale(np.array([0, 3, 4, 7, 8, 4000]), 0.5, 4)
+    assert factors.dtype == np.float32
+    np.testing.assert_allclose(factors, [1, 1, *(1 + 0.5 * math.log(steps) for steps in (2, 2, 3, 1001))], rtol=1e-6)
+
+
 @pytest.mark.parametrize("pairs", [1, 3, 4])
 @pytest.mark.parametrize("style", ["adjacent", "halves"])
 def test_rope_turns_pairs_and_leaves_the_rest(random: np.random.Generator, style: str, pairs: int) -> None:

@@ -50,6 +50,21 @@ def close(a: NDArray[np.float32], b: NDArray[np.float32]) -> None:
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("kv_type", "off"), [("f16", 1e-6), ("q8_0", 1e-3)])
+def test_a_cache_of_a_smaller_type_costs_a_little(kv_type: str, off: float) -> None:
+    metadata = metadata_for(LLAMA, attention__key_length=32, attention__value_length=32)
+    file = model_file(metadata, arrays_for(LLAMA, metadata))
+    exact, rounded = (alone(runtime_of(file, LLAMA, kv_type=kind), [1, 2, 3, 4, 5, 6, 7]) for kind in ("auto", kv_type))
+    error = np.square(rounded - exact).sum() / np.square(exact).sum()
+    assert 0 < error < off
+
+
+def test_a_cache_of_q8_0_wants_heads_of_whole_blocks(llama: ReferenceRuntime) -> None:
+    settings = RuntimeSettings(context_length=8, kv_type="q8_0")
+    (reason,) = ReferenceExecutor().unsupported(llama.model.plan.program, settings)
+    assert reason == "executor.kv = 'q8_0': found head_dim 8, wanted a multiple of 32"
+
+
 # the same tokens, fed in other ways ----------------------------------------------------------------------------------
 
 

@@ -5,9 +5,9 @@
 // positions at once. Sums are kept in registers with a running maximum (Milakov and Gimelshein 2018), joined over warps
 // in shared memory, and over splits by the block that comes last.
 //
-// Compile-time: HEAD_DIM, GROUP query heads a KV head, KV (the cache's element type), SPLITS at most, SOFTCAP and
-// WINDOWED (0 or 1).
-#include "kv_cache.cuh"
+// Compile-time: HEAD_DIM, GROUP query heads a KV head, KV (the cache's type), SPLITS at most, SOFTCAP and
+// WINDOWED (0 or 1), and RUN_TILE where runs of rows are left to attention_prefill.cu.
+#include "runs.cuh"
 
 constexpr int kWarps = 4;
 constexpr int kPerLane = 8;
@@ -18,8 +18,8 @@ static_assert(HEAD_DIM % kPerLane == 0 && kLanes <= kWarp, "a warp holds whole p
 
 struct AttentionArgs {
     const float* q;     // (rows, kv_heads * GROUP, HEAD_DIM)
-    const KV* keys;     // the layer's cache
-    const KV* values;
+    KV* keys;           // the layer's cache, only read
+    KV* values;
     float* out;         // like q
     float* partial;     // (rows, kv_heads, SPLITS, GROUP, HEAD_DIM + 2): sums, maximum, total
     int* arrivals;      // (rows, kv_heads), zero before and after
@@ -29,21 +29,6 @@ struct AttentionArgs {
     int window;
     int splits;
 };
-
-struct Eight {
-    float v[8];
-};
-
-__device__ __forceinline__ Eight load8(const __half* p) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(p);
-    const float2 a = half2_bits(bits.x), b = half2_bits(bits.y), c = half2_bits(bits.z), d = half2_bits(bits.w);
-    return {a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y};
-}
-
-__device__ __forceinline__ Eight load8(const float* p) {
-    const float4 a = reinterpret_cast<const float4*>(p)[0], b = reinterpret_cast<const float4*>(p)[1];
-    return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-}
 
 struct Running {
     float top = kLowest, total = 0.f;
@@ -78,6 +63,7 @@ extern "C" __global__ void __launch_bounds__(kWarps* kWarp) attention(const __gr
 
     let_next_kernel_start();
     wait_for_previous_kernel();
+    if (is_in_run(args.rows, row, gridDim.z)) return;
     const int end = args.rows.positions[row] + 1;
     const int begin = WINDOWED ? max(0, end - args.window) : 0;
     // splits are whole runs of positions; a short context uses few of them
@@ -87,12 +73,12 @@ extern "C" __global__ void __launch_bounds__(kWarps* kWarp) attention(const __gr
     const int from = begin + split * each, to = min(end, from + each);
 
     const bool holds = part * kPerLane < HEAD_DIM;
-    const int at_dim = holds ? part * kPerLane : 0;
+    const int at_part = holds ? part : 0;
     float q[GROUP][kPerLane];
     const float* query = args.q + (static_cast<size_t>(row) * kv_heads + head) * GROUP * HEAD_DIM;
 #pragma unroll
     for (int g = 0; g < GROUP; ++g) {
-        const Eight eight = load8(query + g * HEAD_DIM + at_dim);
+        const Eight eight = load8(query + g * HEAD_DIM + at_part * kPerLane);
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) q[g][i] = holds ? eight.v[i] * args.scale : 0.f;
     }
@@ -102,8 +88,9 @@ extern "C" __global__ void __launch_bounds__(kWarps* kWarp) attention(const __gr
     for (int base = from + warp * kAtOnce; base < to; base += kWarps * kAtOnce) {
         const int position = base + slot;
         const bool inside = position < to;
-        const size_t at = kv_offset(args.rows, row, inside ? position : from, head, kv_heads, HEAD_DIM) + at_dim;
-        const Eight key = load8(args.keys + at), value = load8(args.values + at);
+        const int there = inside ? position : from;
+        const Eight key = kv_load8(kv_row(args.keys, args.rows, row, there, head, kv_heads, HEAD_DIM), at_part);
+        const Eight value = kv_load8(kv_row(args.values, args.rows, row, there, head, kv_heads, HEAD_DIM), at_part);
 #pragma unroll
         for (int g = 0; g < GROUP; ++g) {
             float score = 0.f;

@@ -2,7 +2,7 @@
 // write of K and V to the paged cache. Block (head, row): the query heads, then the KV heads.
 //
 // Compile-time: HEAD_DIM, Q_HEADS, KV_HEADS, DIMS rotated elements (0: no RoPE), HALVES (0: adjacent pairs), HEAD_NORM
-// (kNoNorm, kRmsNorm, kLayerNorm), KV, the cache's element type.
+// (kNoNorm, kRmsNorm, kLayerNorm), KV, the cache's type.
 #include "kv_cache.cuh"
 #include "norm.cuh"
 #include "rope.cuh"
@@ -21,9 +21,6 @@ struct PlaceArgs {
     float q_eps, k_eps;
     float magnitude;
 };
-
-__device__ __forceinline__ void put(__half* p, float v) { *p = __float2half_rn(v); }
-__device__ __forceinline__ void put(float* p, float v) { *p = v; }
 
 constexpr int kThreads = 64;
 
@@ -54,19 +51,22 @@ extern "C" __global__ void __launch_bounds__(kThreads) place(const __grid_consta
     }
     __syncthreads();
 
-    const size_t cached = is_query ? 0 : kv_offset(args.rows, row, position, index, KV_HEADS, HEAD_DIM);
-    auto store = [&](int i, float value) {
-        if (is_query) args.q_out[from + i] = value;
-        else put(args.keys + cached + i, value);
-    };
     for (int i = threadIdx.x; i < DIMS / 2; i += kThreads) {
         const int first = HALVES ? i : 2 * i, second = HALVES ? i + DIMS / 2 : 2 * i + 1;
         const float2 turn = rope_turn(position, args.frequencies[i], args.magnitude);
-        store(first, head[first] * turn.x - head[second] * turn.y);
-        store(second, head[first] * turn.y + head[second] * turn.x);
+        const float a = head[first], b = head[second];
+        head[first] = a * turn.x - b * turn.y;
+        head[second] = a * turn.y + b * turn.x;
     }
-    for (int i = DIMS + threadIdx.x; i < HEAD_DIM; i += kThreads) store(i, head[i]);
-    if (!is_query) {
-        for (int i = threadIdx.x; i < HEAD_DIM; i += kThreads) put(args.values + cached + i, args.v[from + i]);
+    __syncthreads();
+    if (is_query) {
+        for (int i = threadIdx.x; i < HEAD_DIM; i += kThreads) args.q_out[from + i] = head[i];
+        return;
+    }
+    const KvRow<KV> key = kv_row(args.keys, args.rows, row, position, index, KV_HEADS, HEAD_DIM);
+    const KvRow<KV> value = kv_row(args.values, args.rows, row, position, index, KV_HEADS, HEAD_DIM);
+    for (int i = threadIdx.x; i < HEAD_DIM; i += kThreads) {
+        kv_store(key, i, head[i]);
+        kv_store(value, i, args.v[from + i]);
     }
 }

@@ -27,6 +27,12 @@ PLAIN op_scale(const float* x, float* out, float factor, int width) {
     for_element(width, [=](size_t i, int) { out[i] = factor * x[i]; });
 }
 
+PLAIN op_position_scale(const float* x, const int* positions, float* out, float strength, int period, int width) {
+    for_element(width, [=](size_t i, int) {
+        out[i] = (1.f + strength * log1pf(static_cast<float>(positions[blockIdx.y] / period))) * x[i];
+    });
+}
+
 PLAIN op_softcap(const float* x, float* out, float cap, int width) {
     for_element(width, [=](size_t i, int) { out[i] = cap * tanhf(x[i] / cap); });
 }

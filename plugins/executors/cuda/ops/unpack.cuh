@@ -98,13 +98,13 @@ __device__ __forceinline__ int dot_nibbles(const uint4& plane, const Activation3
 
 // ---- integers to floats
 
-// scale * byte + offset for four unsigned bytes. scale * byte is exact in every type here (at most 24 bits), so fusing
-// the two rounds once, as GGML's multiply and add do.
-__device__ __forceinline__ float4 affine4(uint32 bytes, float scale, float offset) {
-    return make_float4(fmaf(scale, static_cast<float>(bytes & 0xffu), offset),
-                       fmaf(scale, static_cast<float>(bytes >> 8 & 0xffu), offset),
-                       fmaf(scale, static_cast<float>(bytes >> 16 & 0xffu), offset),
-                       fmaf(scale, static_cast<float>(bytes >> 24), offset));
+// Scale times byte plus offset (`affine`, x and y) for four unsigned bytes. The product is exact in every type here (at
+// most 24 bits), so fusing the two rounds once, as GGML's multiply and add do.
+__device__ __forceinline__ float4 affine4(uint32 bytes, float2 affine) {
+    return make_float4(fmaf(affine.x, static_cast<float>(bytes & 0xffu), affine.y),
+                       fmaf(affine.x, static_cast<float>(bytes >> 8 & 0xffu), affine.y),
+                       fmaf(affine.x, static_cast<float>(bytes >> 16 & 0xffu), affine.y),
+                       fmaf(affine.x, static_cast<float>(bytes >> 24), affine.y));
 }
 
 // scale * byte for four signed bytes.

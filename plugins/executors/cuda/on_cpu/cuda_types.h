@@ -1,19 +1,11 @@
-// The little of CUDA that the traits headers and ops/repack.cu use, in C++: the same text then runs without a GPU.
-// Stands in for cuda_fp16.h. One thread of one block: grid-stride loops do all the work.
+// The types of CUDA that kernels use, in C++, for running them without a GPU.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-
-#define __device__
-#define __host__
-#define __constant__ static
-#define __global__
-#define __shared__ static
-#define __forceinline__ inline
-#define __launch_bounds__(...)
 
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
@@ -30,16 +22,19 @@ inline short2 make_short2(short x, short y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-static const dim3 blockDim{}, gridDim{}, blockIdx{0, 0, 0}, threadIdx{0, 0, 0};
+template <class To, class From>
+To same_bits(From from) {
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+inline float __int_as_float(int bits) { return same_bits<float>(bits); }
+inline float __uint_as_float(unsigned bits) { return same_bits<float>(bits); }
+inline unsigned __float_as_uint(float value) { return same_bits<unsigned>(value); }
 
 struct __half { unsigned short bits; };
 inline __half __ushort_as_half(unsigned short bits) { return {bits}; }
-
-inline float __uint_as_float(unsigned bits) {
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
+inline unsigned short __half_as_ushort(__half h) { return h.bits; }
 
 inline float __half2float(__half h) {
     const int sign = h.bits >> 15, exponent = h.bits >> 10 & 31, fraction = h.bits & 1023;
@@ -50,8 +45,21 @@ inline float __half2float(__half h) {
     return sign ? -value : value;
 }
 
-template <class T>
-inline T __ldg(const T* p) { return *p; }
+// To the nearest, ties to even.
+inline __half __float2half_rn(float value) {
+    const unsigned short sign = std::signbit(value) ? 0x8000 : 0;
+    const float size = std::fabs(value);
+    if (size != size) return {0x7fff};
+    if (size == 0.f) return {sign};
+    if (size >= 65520.f) return {static_cast<unsigned short>(sign | 0x7c00)};
+    int exponent;
+    std::frexp(size, &exponent);                          // size < 2^exponent
+    const int unit = std::max(exponent - 11, -24);        // of the last place
+    const int steps = static_cast<int>(std::nearbyint(std::ldexp(size, -unit)));
+    return {static_cast<unsigned short>(sign + ((unit + 24) << 10) + steps)};  // a carry moves on to the exponent
+}
+
+inline int __float2int_rn(float v) { return static_cast<int>(std::nearbyint(v)); }
 
 inline int __dp4a(int a, int b, int c) {
     for (int i = 0; i < 4; ++i) {
@@ -65,9 +73,5 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
     return static_cast<unsigned>(((static_cast<uint64_t>(high) << 32) | low) >> (shift % 32));
 }
 
-inline int __float2int_rn(float v) { return static_cast<int>(std::nearbyint(v)); }
-
-// There are no other lanes here; what asks for them must not be called.
 template <class T>
-T __shfl_xor_sync(unsigned, T, int) { std::abort(); }
-inline void __syncthreads() {}
+inline T __ldg(const T* p) { return *p; }

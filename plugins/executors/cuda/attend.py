@@ -1,0 +1,86 @@
+"""Attention of a step of one token, with what brings Q, K and V into place: one launch of ``ops/attend.cu``."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+from mortice.core.model.operators import Buffer
+from mortice.plugins.executors.cuda.fusion import PlaceGroup
+from mortice.plugins.executors.cuda.launches import Addresses, LaunchSpec, StepRows, rope_key
+from mortice.plugins.executors.cuda.sources import KernelSources
+
+__all__ = ["attend"]
+
+_THREADS = 512
+"""As ``kThreads`` in ``ops/attend.cu``."""
+
+
+class _AttendArgs(ctypes.Structure):
+    """Mirror of ``AttendArgs`` in ``ops/attend.cu``."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint64) for name in ("q", "k", "v", "keys", "values", "out", "partial", "arrivals")),
+        *((name, ctypes.c_uint64) for name in ("q_norm", "k_norm", "frequencies")),
+        ("rows", StepRows),
+        *((name, ctypes.c_float) for name in ("q_eps", "k_eps", "magnitude", "scale", "softcap")),
+        *((name, ctypes.c_int32) for name in ("window", "splits")),
+    ]
+
+
+def attend(
+    place: PlaceGroup,
+    sources: KernelSources,
+    kv_type: str,
+    splits: int,
+    buffer: Callable[[Addresses, Buffer], int],
+) -> LaunchSpec:
+    """The launch.
+
+    Args:
+        place: what is done, with its attention.
+        sources: makes kernel sources.
+        kv_type: element type of the cache.
+        splits: parts the context is attended in at most.
+        buffer: where a buffer lies.
+
+    """
+    attention = place.attention
+    assert attention.layer is not None
+    layer = attention.layer
+
+    def args(at: Addresses, _: int) -> tuple[Any, ...]:
+        q, k, v = place.sources
+        filled = _AttendArgs(
+            q=buffer(at, q),
+            k=buffer(at, k),
+            v=buffer(at, v),
+            keys=at.keys[layer],
+            values=at.values[layer],
+            out=buffer(at, attention.out),
+            partial=at.partial,
+            arrivals=at.arrivals,
+            rows=at.rows,
+            scale=attention.scale,
+            softcap=attention.softcap,
+            window=attention.window,
+            splits=splits,
+        )
+        if place.q_norm is not None and place.k_norm is not None:
+            filled.q_norm, filled.q_eps = at.weights[place.q_norm.weight], place.q_norm.eps
+            filled.k_norm, filled.k_eps = at.weights[place.k_norm.weight], place.k_norm.eps
+        if place.q_rope is not None:
+            filled.frequencies, filled.magnitude = at.frequencies[rope_key(place.q_rope)]
+        return (filled,)
+
+    return LaunchSpec(
+        name="+".join(operator.name for operator in (*place.operators, attention)),
+        label="attention",
+        source=sources.attend(place, kv_type, splits),
+        entry="attend",
+        block=_THREADS,
+        grid=lambda _rows, _at_once: (splits, attention.num_kv_heads, 1),
+        args=args,
+        outputs=attention.outputs,
+    )

@@ -1,0 +1,350 @@
+"""Lowers groups of linear maps, in each of the ways that `mortice.plugins.executors.cuda.matmul` describes."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from attrs import field, frozen
+
+from mortice.core.model.operators import Buffer, WeightRef
+from mortice.core.model.weight_plan import PlannedWeight
+from mortice.plugins.executors.cuda.cublas import Gemm
+from mortice.plugins.executors.cuda.fusion import LinearGroup
+from mortice.plugins.executors.cuda.gemv import gemv_shape
+from mortice.plugins.executors.cuda.launches import Addresses, GemmSpec, LaunchSpec, Spec
+from mortice.plugins.executors.cuda.layouts import tile_geometry
+from mortice.plugins.executors.cuda.matmul import (
+    GEMV_PASS,
+    JOIN_COLUMNS,
+    MatmulScratch,
+    MatmulTile,
+    Piece,
+    RowPath,
+    Slices,
+    input_threads,
+    pieces_of,
+    slices_of,
+    units_of,
+)
+from mortice.plugins.executors.cuda.sources import KernelSources
+from mortice.plugins.executors.cuda.workspace import Workspace
+
+__all__ = ["LinearLowering"]
+
+Pointer, Int, Float = ctypes.c_uint64, ctypes.c_int32, ctypes.c_float
+
+_SEGMENTS = 4
+_NEEDS_FLOAT32 = frozenset({"F32"})
+"""Types whose products half precision would change by more than the weights' own rounding."""
+
+
+class _SegmentArgs(ctypes.Structure):
+    _fields_ = [(name, Pointer) for name in ("weight", "bias", "residual", "out")]
+
+
+class _GemvArgs(ctypes.Structure):
+    _fields_ = [
+        ("x", Pointer),
+        ("norm_weight", Pointer),
+        ("norm_bias", Pointer),
+        ("norm_eps", Float),
+        ("segments", _SegmentArgs * _SEGMENTS),
+    ]
+
+
+class _MatmulArgs(ctypes.Structure):
+    _fields_ = [("x", Pointer), ("products", Pointer), ("weights", Pointer * _SEGMENTS), ("rows", Int)]
+
+
+class _PartArgs(ctypes.Structure):
+    _fields_ = [("bias", Pointer), ("residual", Pointer), ("out", Pointer), ("columns", Int), ("stride", Int)]
+
+
+class _FinishArgs(ctypes.Structure):
+    _fields_ = [
+        ("products", Pointer),
+        ("scales", Pointer),
+        ("slices", Int),
+        ("rows", Int),
+        ("width", Int),
+        ("parts", _PartArgs * _SEGMENTS),
+    ]
+
+
+class _InputArgs(ctypes.Structure):
+    _fields_ = [
+        *((name, Pointer) for name in ("x", "norm_weight", "norm_bias", "out", "scales")),
+        ("norm_eps", Float),
+        ("rows", Int),
+        ("products", _FinishArgs),
+    ]
+
+
+@frozen(eq=False, kw_only=True)
+class LinearLowering:
+    """The launches of groups of linear maps.
+
+    Attributes:
+        sources: makes kernel sources.
+        planned: the weights.
+        workspace: where buffers lie.
+        scratch: where products of many rows lie.
+        sm_count: multiprocessors of the card.
+        quantize_activations: whether products with quantised weights take int8 activations, or half precision.
+        bulk_copies: whether the card copies to shared memory in bulk (sm_90 and later).
+
+    """
+
+    sources: KernelSources
+    planned: Mapping[WeightRef, PlannedWeight] = field(repr=False)
+    workspace: Workspace = field(repr=False)
+    scratch: MatmulScratch
+    sm_count: int
+    quantize_activations: bool
+    bulk_copies: bool = False
+
+    def launches(
+        self, group: LinearGroup, path: RowPath, before: LinearGroup | None = None, after: LinearGroup | None = None
+    ) -> list[Spec]:
+        """What a group queues when a step goes by `path`.
+
+        Where the only input of the group `after` is this one's result, its first launch finishes the products of this
+        one, whose last launch is then missing; so it is here for the group `before`.
+        """
+        kind = self._kind(group, path)
+        joined = before if before is not None and self._is_joined(before, group, path) else None
+        leaves = after is not None and self._is_joined(group, after, path)
+        if kind == "gemv":
+            return [self._gemv(group, 1 if path.rows == 1 else GEMV_PASS)]
+        if kind == "matmul":
+            return self._matmul(group, path, joined, leaves=leaves)
+        return self._gemm(group, joined, leaves=leaves)
+
+    def _kind(self, group: LinearGroup, path: RowPath) -> str:
+        types = {weight.tensor.qtype.name for weight in self._weights(group)}
+        return "gemv" if types & _NEEDS_FLOAT32 else path.kind
+
+    def _weights(self, group: LinearGroup) -> list[PlannedWeight]:
+        return [self.planned[linear.weight] for linear in group.linears]
+
+    def _is_joined(self, first: LinearGroup, second: LinearGroup, path: RowPath) -> bool:
+        """Whether the products of `first` are finished by the launch that prepares the input of `second`."""
+        ways = self._kind(first, path), self._kind(second, path)
+        if "gemv" in ways or first.outputs != (second.source,) or second.source.width > JOIN_COLUMNS:
+            return False
+        if first.gated is not None:  # twice the products for a block a row: slower than two launches, as measured
+            return False
+        return path.kind == "matmul" or len(list(pieces_of(first))) == 1
+
+    def _name(self, group: LinearGroup) -> str:
+        return "+".join(operator.name for operator in group.operators)
+
+    def _buffer(self, at: Addresses, buffer: Buffer) -> int:
+        return at.workspace + self.workspace.offsets[buffer]
+
+    # one row, or float32 ----------------------------------------------------------------------------------------
+
+    def _gemv(self, group: LinearGroup, tokens: int) -> LaunchSpec:
+        weights = self._weights(group)
+        shape = gemv_shape(weights, bulk_copies=self.bulk_copies and tokens == 1)
+        source = self.sources.gemv(
+            weights,
+            columns=weights[0].columns,
+            tokens=tokens,
+            shape=shape,
+            norm=group.norm,
+            gated=group.gated is not None,
+            activation=group.activation,
+            quantize_activations=self.quantize_activations,
+        )
+        row_groups = [tile_geometry(w.tensor.qtype, w.rows, w.columns).row_groups for w in weights]
+        units = min(row_groups) if group.gated else sum(row_groups)
+        return LaunchSpec(
+            name=self._name(group),
+            label=f"linear {_types(weights)}",
+            source=source,
+            entry="gemv",
+            block=shape.threads,
+            shared_symbol="shared_bytes",
+            grid=lambda rows, at_once: (shape.grid(units, at_once), -(-rows // tokens), 1),
+            args=lambda at, _: (self._gemv_args(group, at),),
+            outputs=group.outputs,
+        )
+
+    def _gemv_args(self, group: LinearGroup, at: Addresses) -> _GemvArgs:
+        args = _GemvArgs(x=self._buffer(at, group.source))
+        if group.norm is not None:
+            args.norm_weight = at.weights[group.norm.weight]
+            args.norm_bias = at.weights[group.norm.bias] if group.norm.bias is not None else 0
+            args.norm_eps = group.norm.eps
+        outputs = group.outputs if len(group.outputs) == len(group.linears) else group.outputs * len(group.linears)
+        for segment, linear, bias, out in zip(args.segments, group.linears, group.biases, outputs, strict=False):
+            segment.weight = at.weights[linear.weight]
+            segment.bias = at.weights[bias.weight] if bias is not None else 0
+            segment.residual = self._buffer(at, group.added) if group.added is not None else 0
+            segment.out = self._buffer(at, out)
+        return args
+
+    # tensor cores -----------------------------------------------------------------------------------------------
+
+    def _input(self, group: LinearGroup, pass_rows: int, joined: tuple[LinearGroup, int] | None) -> LaunchSpec:
+        """The group's input as halves: rows in order where `pass_rows` is 0, else laid out for ``ops/matmul.cu``.
+
+        `joined` is a group whose products, of so many slices, are finished on the way.
+        """
+        columns = group.source.width
+
+        def args(at: Addresses, rows: int) -> tuple[Any, ...]:
+            filled = _InputArgs(
+                x=self._buffer(at, group.source),
+                out=at.matmul + self.scratch.inputs,
+                scales=at.matmul + self.scratch.scales,
+                rows=rows,
+            )
+            if group.norm is not None:
+                filled.norm_weight = at.weights[group.norm.weight]
+                filled.norm_bias = at.weights[group.norm.bias] if group.norm.bias is not None else 0
+                filled.norm_eps = group.norm.eps
+            if joined is not None:
+                filled.products = self._finish_args(joined[0], _whole(joined[0]), joined[1], at, rows)
+            return (filled,)
+
+        return LaunchSpec(
+            name=self._name(group),
+            label="matmul input" if joined is None else "matmul finish, input",
+            source=self.sources.matmul_input(columns, group.norm, pass_rows, joined[0] if joined else None),
+            entry="matmul_input",
+            block=input_threads(columns),
+            grid=lambda rows, _: (-(-rows // pass_rows) * pass_rows if pass_rows else rows, 1, 1),
+            args=args,
+            outputs=joined[0].outputs if joined is not None else (),
+        )
+
+    def _slices(self, group: LinearGroup, tile: MatmulTile) -> Slices:
+        outputs = [linear.weight.rows for linear in group.linears]
+        return slices_of(group.source.width, units_of(outputs, tile), tile, self.sm_count)
+
+    def _matmul(self, group: LinearGroup, path: RowPath, joined: LinearGroup | None, *, leaves: bool) -> list[Spec]:
+        weights, tile = self._weights(group), path.tile
+        units = units_of([weight.rows for weight in weights], tile)
+        slices = self._slices(group, tile)
+
+        def args(at: Addresses, rows: int) -> tuple[Any, ...]:
+            filled = _MatmulArgs(
+                x=at.matmul + self.scratch.inputs, products=at.matmul + self.scratch.products, rows=rows
+            )
+            for i, linear in enumerate(group.linears):
+                filled.weights[i] = at.weights[linear.weight]
+            return (filled,)
+
+        matmul = LaunchSpec(
+            name=self._name(group),
+            label=f"matmul {_types(weights)}",
+            source=self.sources.matmul(weights, group.source.width, tile, slices),
+            entry="matmul",
+            block=tile.threads,
+            shared_symbol="shared_bytes",
+            grid=lambda rows, at_once: (
+                slices.count * max(1, min(at_once // slices.count, units)),
+                -(-rows // tile.rows),
+                1,
+            ),
+            args=args,
+        )
+        first = self._input(group, tile.rows, (joined, self._slices(joined, tile).count) if joined else None)
+        last = [] if leaves else [self._finish(group, _whole(group), slices.count, ends=True)]
+        return [first, matmul, *last]
+
+    def _gemm(self, group: LinearGroup, joined: LinearGroup | None, *, leaves: bool) -> list[Spec]:
+        columns = group.source.width
+        specs: list[Spec] = [self._input(group, 0, (joined, 1) if joined else None)]
+        lots = list(pieces_of(group))
+        for lot in lots:
+            place = 0
+            for piece in lot:
+                specs.append(self._expand(group, piece, 2 * place * columns))
+                place += piece.rows
+            specs.append(self._product(group, columns, place))
+            if not leaves:
+                specs.append(self._finish(group, lot, 1, ends=lot is lots[-1]))
+        return specs
+
+    def _expand(self, group: LinearGroup, piece: Piece, offset: int) -> LaunchSpec:
+        """Rows of a weight as halves, `offset` bytes into the scratch."""
+        weight = self.planned[group.linears[piece.linear].weight]
+        geometry = tile_geometry(weight.tensor.qtype, weight.rows, weight.columns)
+        skipped = piece.start // geometry.tile_rows * geometry.tiles_across * geometry.tile_bytes
+        chunks = piece.rows * weight.columns // 32
+        return LaunchSpec(
+            name=self._name(group),
+            label=f"dequantise {weight.tensor.qtype.name}",
+            source=self.sources.dequantise(weight),
+            entry="dequantise",
+            block=256,
+            grid=lambda _, at_once: (min(at_once, -(-chunks // 256)), 1, 1),
+            args=lambda at, _: (
+                Pointer(at.weights[group.linears[piece.linear].weight] + skipped),
+                Pointer(at.matmul + self.scratch.weights + offset),
+                Int(piece.rows // geometry.tile_rows),
+            ),
+        )
+
+    def _product(self, group: LinearGroup, columns: int, outputs: int) -> GemmSpec:
+        return GemmSpec(
+            name=self._name(group),
+            gemm=lambda at, rows: Gemm(
+                rows=rows,
+                outputs=outputs,
+                columns=columns,
+                x=at.matmul + self.scratch.inputs,
+                weight=at.matmul + self.scratch.weights,
+                out=at.matmul + self.scratch.products,
+            ),
+        )
+
+    def _finish(self, group: LinearGroup, lot: Sequence[Piece], slices: int, *, ends: bool) -> LaunchSpec:
+        """What follows the products of a lot of outputs; `ends` where it is the last of the group."""
+        width = sum(piece.rows for piece in lot)
+        results = lot[0].rows if group.gated is not None else width
+        vector = 4 if all(group.linears[p.linear].weight.rows % 4 == p.rows % 4 == 0 for p in lot) else 1
+        return LaunchSpec(
+            name=self._name(group),
+            label="matmul finish",
+            source=self.sources.matmul_finish(group, vector),
+            entry="matmul_finish",
+            block=256,
+            grid=lambda rows, _: (-(-results // (256 * vector)), rows, 1),
+            args=lambda at, rows: (self._finish_args(group, lot, slices, at, rows),),
+            outputs=group.outputs if ends else (),
+        )
+
+    def _finish_args(
+        self, group: LinearGroup, lot: Sequence[Piece], slices: int, at: Addresses, rows: int
+    ) -> _FinishArgs:
+        filled = _FinishArgs(
+            products=at.matmul + self.scratch.products,
+            scales=at.matmul + self.scratch.scales,
+            slices=slices,
+            rows=rows,
+            width=sum(piece.rows for piece in lot),
+        )
+        outputs = group.outputs if len(group.outputs) == len(group.linears) else group.outputs * len(group.linears)
+        for part, piece in zip(filled.parts, lot, strict=False):
+            bias, skipped = group.biases[piece.linear], 4 * piece.start
+            part.columns, part.stride = piece.rows, group.linears[piece.linear].weight.rows
+            part.out = self._buffer(at, outputs[piece.linear]) + skipped
+            if bias is not None:
+                part.bias = at.weights[bias.weight] + skipped
+            if group.added is not None:
+                part.residual = self._buffer(at, group.added) + skipped
+        return filled
+
+
+def _whole(group: LinearGroup) -> tuple[Piece, ...]:
+    return tuple(Piece(linear=i, start=0, stop=linear.weight.rows) for i, linear in enumerate(group.linears))
+
+
+def _types(weights: Sequence[PlannedWeight]) -> str:
+    return "+".join(dict.fromkeys(weight.tensor.qtype.name for weight in weights))

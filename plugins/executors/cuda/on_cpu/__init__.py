@@ -1,0 +1,63 @@
+"""Runs kernels on the CPU: their text compiled as C++, with headers that stand in for CUDA's."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from mortice.core.errors import DeviceError
+from mortice.plugins.executors.cuda.errors import CompileError
+
+__all__ = ["HEADERS", "ONE_THREAD", "compile_for_cpu", "find_cpu_compiler"]
+
+HEADERS = Path(__file__).parent
+"""Folder of the stand-ins."""
+ONE_THREAD = HEADERS / "cuda_shim.h"
+"""For code whose threads do not work together: one of them does all the work."""
+
+_FLAGS = ("-std=c++17", "-O1", "-fno-strict-aliasing", "-ffp-contract=off", "-w", "-shared", "-fPIC", "-pthread")
+
+
+def find_cpu_compiler() -> str:
+    """A C++ compiler.
+
+    Raises:
+        DeviceError: when there is none.
+
+    """
+    found = shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        raise DeviceError("no g++ or clang++ to run device code on the CPU")
+    return found
+
+
+def compile_for_cpu(
+    folder: Path, text: str, defines: Mapping[str, str | int], stand_in: Path = ONE_THREAD
+) -> ctypes.CDLL:
+    """Flattened kernels, as functions of this process.
+
+    Args:
+        folder: where to build; nothing in it is needed afterwards.
+        text: kernels, and what calls them.
+        defines: preprocessor macros.
+        stand_in: the header that takes the place of ``cuda_fp16.h``.
+
+    Raises:
+        DeviceError: when there is no compiler.
+        CompileError: what the compiler says.
+
+    """
+    compiler = find_cpu_compiler()
+    (folder / "cuda_fp16.h").write_text(f'#include "{stand_in}"\n', encoding="utf-8")
+    source, library = folder / "kernels.cpp", folder / "kernels.so"
+    source.write_text(text, encoding="utf-8")
+    macros = [f"-D{name}={value}" for name, value in defines.items()]
+    command = [compiler, *_FLAGS, *macros, f"-I{folder}", f"-I{HEADERS}", "-o", str(library), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (no shell, no input)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "error" in line][:12]
+        raise CompileError("\n".join([f"{compiler} refuses device code:", *(errors or [done.stderr[:1000]])]))
+    return ctypes.CDLL(str(library))

@@ -1,0 +1,226 @@
+// Products of a few rows of activations with quantised weights on tensor cores: products = x @ weight.T, several
+// weights of one input in one launch.
+//
+// A block holds one slice of the columns of x in shared memory and passes over weights: a warp takes 16 * HEIGHT rows
+// of a weight at a time and walks along the slice. A lane expands whole chunks of 32 elements, of two rows for each 16,
+// straight into the A fragments of mma.m16n8k16; the order of k within a fragment is that of the chunks, and x was laid
+// out to match (matmul_input.cu). Each weight is read from memory once a pass and expanded in registers.
+//
+// Slices leave sums of their own, (SLICES, rows, total rows of the weights), which matmul_finish.cu adds.
+//
+// Block (slice + SLICES * column of blocks, pass). Compile-time: COLS columns; PASS rows of x a pass (a multiple of 8);
+// THREADS; HEIGHT; SLICES of SLICE_STEPS steps of 128 columns; SEGMENTS, a list of
+// Segment<type, tile rows, tile columns, rows>.
+#include "activations.cuh"
+#include "expand.cuh"
+#include "tile.cuh"
+
+constexpr int kMaxSegments = 4;
+constexpr int kTiles = PASS / 8;
+constexpr int kSteps = ceil_div(COLS, 128);  // a step is four chunks of 32, one for each lane of a quad
+constexpr int kStepParts = 4 * kTiles * kWarp;
+constexpr int kUnitRows = 16 * HEIGHT;
+constexpr int kTogether = kTiles < 4 ? kTiles : 4;  // tiles whose products follow one another, for none waits for another
+
+struct MatmulArgs {
+    const uint4* x;    // (passes, kSteps, 4, kTiles, 32), eight halves each
+    float* products;   // (SLICES, rows, total)
+    const uint8* weights[kMaxSegments];
+    int rows;
+};
+
+// Memory that only asks the L2 cache for what a type would load.
+struct L2Prefetch {
+    static __device__ __forceinline__ uint32 touch(const uint8* p) {
+#ifdef __CUDA_ARCH__
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+        return 0;
+    }
+    static __device__ __forceinline__ uint4 u128(const uint8* p) { return make_uint4(touch(p), 0, 0, 0); }
+    static __device__ __forceinline__ uint2 u64(const uint8* p) { return make_uint2(touch(p), 0); }
+    static __device__ __forceinline__ uint32 u32(const uint8* p) { return touch(p); }
+    static __device__ __forceinline__ uint32 u16(const uint8* p) { return touch(p); }
+    static __device__ __forceinline__ uint32 u8(const uint8* p) { return touch(p); }
+};
+
+template <class Q_, int kTileRows, int kTileCols, int kRows_>
+struct Segment {
+    using Q = Q_;
+    using T = Tile<Q, kTileRows, kTileCols>;
+    static constexpr int kRows = kRows_;
+    static constexpr int kUnits = ceil_div(kRows, kUnitRows);
+    static constexpr int kTilesAcross = COLS / kTileCols;
+
+    static_assert(COLS % kTileCols == 0 && kRows % kTileRows == 0, "tiles cover the weight");
+
+    // The chunk this lane takes in step `step`, of its row of the eight that are number `eight` of a unit. Rows past the
+    // end are the last one again; past the end of the columns x is zero, whatever the chunk.
+    template <class Memory>
+    static __device__ __forceinline__ typename Q::Weight32 load(const uint8* weight, int unit, int eight, int step) {
+        const int lane = threadIdx.x % kWarp;
+        return load_chunk<Memory>(weight, unit * kUnitRows + 8 * eight + lane / 4, 4 * step + lane % 4);
+    }
+    template <class Memory>
+    static __device__ __forceinline__ typename Q::Weight32 load_chunk(const uint8* weight, int row, int chunk) {
+        row = min(row, kRows - 1);
+        chunk = min(chunk, COLS / 32 - 1);
+        const int across = kTilesAcross == 1 ? 0 : chunk / T::kRowChunks;
+        const uint8* tile = weight + (static_cast<uint64>(row / T::kRows) * kTilesAcross + across) * T::kBytes;
+        return T::template load<Memory>(tile, row % T::kRows, chunk - across * T::kRowChunks);
+    }
+};
+
+template <class... S>
+struct SegmentList {
+    static constexpr int kUnits = (S::kUnits + ...);
+    static constexpr int kTotal = (S::kRows + ...);
+};
+using Segments = SegmentList<SEGMENTS>;
+
+// What a launch has to ask for. Read by the host.
+extern "C" __device__ const int shared_bytes = SLICE_STEPS * kStepParts * 16;
+
+// Steps whose chunks a lane loads before it uses the first: as many as registers allow beside the sums.
+#if __CUDA_ARCH__ >= 1200  // where the compiler spends more of them
+constexpr int kMostSums = 1;
+#else
+constexpr int kMostSums = 4;
+#endif
+template <class Q>
+constexpr int kInFlight = HEIGHT * kTiles > kMostSums || sizeof(typename Q::Weight32) > 64 ? 1 : 2;
+
+// One step: the products of 16 rows by 128 columns with all rows of the pass.
+template <class Q>
+__device__ __forceinline__ void add_step(const typename Q::Weight32 (&w)[HEIGHT][2], const uint4* x,
+                                         float (&sums)[HEIGHT][kTiles][4]) {
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+        uint32 a[HEIGHT][2][4];
+#pragma unroll
+        for (int h = 0; h < HEIGHT; ++h) {
+#pragma unroll
+            for (int g = 0; g < 2; ++g) {
+                const uint2 upper = Expand<Q>::halves4(w[h][0], 2 * pair + g);
+                const uint2 lower = Expand<Q>::halves4(w[h][1], 2 * pair + g);
+                a[h][g][0] = upper.x;
+                a[h][g][1] = lower.x;
+                a[h][g][2] = upper.y;
+                a[h][g][3] = lower.y;
+            }
+        }
+#pragma unroll
+        for (int tile = 0; tile < kTiles; tile += kTogether) {
+            uint4 b[kTogether];
+#pragma unroll
+            for (int i = 0; i < kTogether; ++i) b[i] = x[(pair * kTiles + tile + i) * kWarp];
+#pragma unroll
+            for (int i = 0; i < kTogether; ++i) {
+#pragma unroll
+                for (int h = 0; h < HEIGHT; ++h) mma_m16n8k16(sums[h][tile + i], a[h][0], b[i].x, b[i].y);
+            }
+#pragma unroll
+            for (int i = 0; i < kTogether; ++i) {
+#pragma unroll
+                for (int h = 0; h < HEIGHT; ++h) mma_m16n8k16(sums[h][tile + i], a[h][1], b[i].z, b[i].w);
+            }
+        }
+    }
+}
+
+// Asks the L2 cache for `count` times eight chunks of each row of a unit, from chunk `first` on: 128 bytes of a plane of
+// 4-bit integers, and no more of any other.
+template <class S>
+__device__ __forceinline__ void fetch(const uint8* weight, int unit, int first, int count) {
+    for (int i = threadIdx.x % kWarp; i < count * kUnitRows; i += kWarp) {
+        S::template load_chunk<L2Prefetch>(weight, unit * kUnitRows + i % kUnitRows, first + i / kUnitRows * 8);
+    }
+}
+
+template <class S>
+__device__ __forceinline__ void unit_sums(const uint8* weight, int unit, int first, int steps, const uint4* inputs,
+                                          float (&sums)[HEIGHT][kTiles][4]) {
+    using W = typename S::Q::Weight32;
+    constexpr int kAhead = kInFlight<typename S::Q>;
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll 1
+    for (int step = 0; step < steps; step += kAhead) {
+        W w[kAhead][HEIGHT][2];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            if (step + i >= steps) break;
+#pragma unroll
+            for (int h = 0; h < 2 * HEIGHT; ++h) {
+                w[i][h / 2][h % 2] = S::template load<GlobalStream>(weight, unit, h, first + step + i);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            if (step + i < steps) add_step<typename S::Q>(w[i], inputs + (step + i) * kStepParts + lane, sums);
+        }
+    }
+}
+
+// Units of all segments are numbered through; this takes number `unit`. `column` is the segment's first one.
+template <int kIndex, class S, class... Rest>
+__device__ __forceinline__ void run_unit(const MatmulArgs& args, int unit, int column, int first, int steps,
+                                         const uint4* inputs) {
+    if (unit >= S::kUnits) {
+        if constexpr (sizeof...(Rest) > 0) {
+            run_unit<kIndex + 1, Rest...>(args, unit - S::kUnits, column + S::kRows, first, steps, inputs);
+        }
+        return;
+    }
+    float sums[HEIGHT][kTiles][4] = {};
+    unit_sums<S>(args.weights[kIndex], unit, first, steps, inputs, sums);
+    const int lane = threadIdx.x % kWarp, slice = blockIdx.x % SLICES;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int row = blockIdx.y * PASS + tile * 8 + lane % 4 * 2 + i;
+            if (row >= args.rows) continue;
+            float* out = args.products + (static_cast<size_t>(slice) * args.rows + row) * Segments::kTotal + column;
+#pragma unroll
+            for (int h = 0; h < 2 * HEIGHT; ++h) {
+                const int at = unit * kUnitRows + 8 * h + lane / 4;
+                if (at < S::kRows) out[at] = sums[h / 2][tile][h % 2 * 2 + i];
+            }
+        }
+    }
+}
+template <class... S>
+__device__ __forceinline__ void run(SegmentList<S...>, const MatmulArgs& args, int unit, int first, int steps,
+                                    const uint4* inputs) {
+    run_unit<0, S...>(args, unit, 0, first, steps, inputs);
+}
+
+// Asks the L2 cache for the first weights of a unit; they do not depend on the kernel before.
+template <int kIndex, class S, class... Rest>
+__device__ __forceinline__ void prefetch_unit(const MatmulArgs& args, int unit, int first, int steps) {
+    if (unit >= S::kUnits) {
+        if constexpr (sizeof...(Rest) > 0) prefetch_unit<kIndex + 1, Rest...>(args, unit - S::kUnits, first, steps);
+        return;
+    }
+    fetch<S>(args.weights[kIndex], unit, 4 * first, ceil_div(min(steps, 8), 2));
+}
+template <class... S>
+__device__ __forceinline__ void prefetch(SegmentList<S...>, const MatmulArgs& args, int unit, int first, int steps) {
+    prefetch_unit<0, S...>(args, unit, first, steps);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) matmul(const __grid_constant__ MatmulArgs args) {
+    extern __shared__ __align__(16) uint4 inputs[];
+    const int slice = blockIdx.x % SLICES, columns = gridDim.x / SLICES;
+    const int first = slice * SLICE_STEPS, steps = min(SLICE_STEPS, kSteps - first);
+    // neighbouring blocks take neighbouring units, warp after warp
+    int unit = threadIdx.x / kWarp * columns + blockIdx.x / SLICES;
+
+    let_next_kernel_start();
+    if (unit < Segments::kUnits) prefetch(Segments{}, args, unit, first, steps);
+    wait_for_previous_kernel();
+    const uint4* x = args.x + (static_cast<size_t>(blockIdx.y) * kSteps + first) * kStepParts;
+    for (int i = threadIdx.x; i < steps * kStepParts; i += THREADS) inputs[i] = __ldcg(x + i);
+    __syncthreads();
+    for (; unit < Segments::kUnits; unit += columns * (THREADS / kWarp)) run(Segments{}, args, unit, first, steps, inputs);
+}

@@ -1,0 +1,88 @@
+"""Where a program's buffers and the scratch of its kernels lie, and how much they take: known before any weight is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mortice.core.model import operators as op
+from mortice.core.model.operators import Buffer
+from mortice.core.model.program import Program
+from mortice.plugins.executors.cuda.cublas import WORKSPACE_BYTES
+from mortice.plugins.executors.cuda.fusion import Group, LinearGroup, PlaceGroup, fuse
+from mortice.plugins.executors.cuda.matmul import GEMV_PASS, matmul_scratch, row_paths
+from mortice.plugins.executors.cuda.workspace import Workspace, place_buffers
+
+__all__ = [
+    "LOGIT_ROWS",
+    "PARTIAL_ROWS",
+    "attention_splits",
+    "linear_groups",
+    "matmul_bytes",
+    "place_program",
+    "scratch_bytes",
+]
+
+LOGIT_ROWS = 32
+"""Rows the head runs over at once; the logits of more are taken in several runs."""
+
+PARTIAL_ROWS = 8
+"""Rows whose attention may be split along the context; steps of more rows fill the card without."""
+
+
+def place_program(program: Program, rows: int) -> tuple[list[Group], Workspace]:
+    """The groups of a program, and where their buffers lie for `rows` tokens.
+
+    What the head writes has room for `LOGIT_ROWS` only: the logits of a whole prompt would dwarf everything else. So it
+    may run several times, and what it reads of the body stays until the end.
+    """
+    groups = fuse(program.operators, program.logits)
+    uses: list[tuple[Sequence[Buffer], Sequence[Buffer]]] = []
+    few: set[Buffer] = set()
+    kept: dict[Buffer, None] = {program.logits: None}  # ordered, so that places are the same in every run
+    in_head = False
+    for group in groups:
+        if isinstance(group, LinearGroup):
+            added = (group.added,) if group.added is not None else ()
+            uses.append(((group.source, *added), group.outputs))
+        elif isinstance(group, PlaceGroup):
+            uses.append((group.sources, group.outputs))
+        else:
+            in_head = in_head or isinstance(group.operator, op.SelectRows)
+            uses.append((group.operator.inputs, group.operator.outputs))
+        if in_head:
+            kept.update((buffer, None) for buffer in uses[-1][0] if buffer not in few)
+            few.update(uses[-1][1])
+    padded = -(-rows // GEMV_PASS) * GEMV_PASS
+    return groups, place_buffers(uses, lambda buffer: LOGIT_ROWS if buffer in few else padded, list(kept))
+
+
+def linear_groups(groups: Sequence[Group], rows: int) -> list[tuple[LinearGroup, int]]:
+    """The groups of linear maps, with the most rows each is given in steps of up to `rows`."""
+    found = []
+    for group in groups:
+        if isinstance(group, LinearGroup):
+            found.append((group, rows))
+        elif isinstance(group.operators[0], op.SelectRows):
+            rows = min(rows, LOGIT_ROWS)
+    return found
+
+
+def matmul_bytes(program: Program, sm_count: int, rows: int, *, exact: bool, cublas: bool) -> int:
+    """Bytes that products of up to `rows` rows work in."""
+    groups = linear_groups(fuse(program.operators, program.logits), rows)
+    paths = row_paths(rows, exact=exact, cublas=cublas)
+    return matmul_scratch(groups, paths, sm_count, WORKSPACE_BYTES).nbytes
+
+
+def attention_splits(program: Program, sm_count: int) -> int:
+    """Parts the context of one row is attended in at most: enough to give every multiprocessor two blocks."""
+    kv_heads = min(shape.num_kv_heads for shape in program.kv)
+    return max(1, min(64, -(-2 * sm_count // kv_heads)))
+
+
+def scratch_bytes(program: Program, sm_count: int, rows: int) -> tuple[int, int]:
+    """Bytes of split attention's partial sums, and of its counters."""
+    attentions = [o for o in program.operators if isinstance(o, op.Attention)]
+    widest = max((o.num_heads * (o.head_dim + 2) for o in attentions), default=1)
+    heads = max((o.num_kv_heads for o in attentions), default=1)
+    return 4 * PARTIAL_ROWS * attention_splits(program, sm_count) * widest, 4 * rows * heads

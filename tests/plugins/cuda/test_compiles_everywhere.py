@@ -1,0 +1,240 @@
+"""Every kernel that a program can ask for compiles for every architecture, and keeps its values in registers.
+
+The sources are those of whole programs: each built-in shape and each recipe at least once, with the types of the KV
+cache in turns and both kinds of activations, and every family the tests know with its norms, activations and lone
+operators; then attention and what writes the cache for more heads than models come with. `covering_set` chooses of them
+so that within a kernel file every two compile-time constants, weight types and architectures meet, with as few
+compilations as that takes: about 600 of 8000. One takes a quarter of a second, all of them a minute and a half on two
+cores.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from itertools import cycle, product
+from typing import Any, Literal
+
+import pytest
+from attrs import evolve, frozen
+
+from mortice.core.model import operators as op
+from mortice.core.model.kv_types import KV_TYPES
+from mortice.core.model.operators import Buffer, NormType, WeightRef
+from mortice.core.model.program import build_program
+from mortice.core.model.types import DeviceInfo
+from mortice.core.model.validation import validate
+from mortice.core.model.weight_plan import WeightPlan, plan_weights
+from mortice.core.synth.model import synth_model
+from mortice.core.synth.recipes import RECIPES
+from mortice.core.synth.shapes import SHAPES
+from mortice.plugins.executors.cuda.build import compile_all
+from mortice.plugins.executors.cuda.executor import CudaExecutor
+from mortice.plugins.executors.cuda.fusion import PlaceGroup
+from mortice.plugins.executors.cuda.launches import LaunchSpec
+from mortice.plugins.executors.cuda.lowering import Lowering
+from mortice.plugins.executors.cuda.matmul import attention_tile
+from mortice.plugins.executors.cuda.nvrtc import Source
+from mortice.plugins.executors.cuda.sources import OPS, KernelSources
+from tests.plugins.cuda.covering import covering_set
+from tests.support.cuda import needs_nvrtc
+from tests.support.in_memory import model_file
+from tests.support.tiny import CONTRACTS, QTYPES
+from tests.unit.model.test_families import CASES, build
+
+Style = Literal["adjacent", "halves"]
+
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
+BULK_COPIES = ("sm_90", "sm_100")
+"""Those whose multiprocessors bring weights into rings of shared memory, see ``ops/gemv_ring.cuh``."""
+
+ELSEWHERE: Mapping[str, str] = {
+    "repack.cu": "tests/plugins/qtypes/test_traits.py",
+    "probe.cu": "tests/plugins/qtypes/test_traits.py",
+}
+"""Kernel files that no program launches, and where they are compiled."""
+
+
+@frozen
+class Excuse:
+    """Kernels that may use local memory, by a pattern of what their source is called; how much, and why."""
+
+    source: str
+    most_bytes: int
+    why: str
+
+
+EXCUSED = (
+    Excuse(
+        r"gemv .*-DQUANTIZE_ACTIVATIONS=0 .*-DTOKENS=8",
+        2048,
+        "eight rows of float32 activations: what is measured against, not what is run for speed",
+    ),
+    Excuse(
+        r"matmul .*-DPASS=(32|64) ",
+        128,
+        "512 threads leave each 128 registers, 256 leave 255; with some types a few words do not fit",
+    ),
+    Excuse(
+        r"(attend|attention) .*-DKV=float ",
+        64,
+        "a cache of float32 is what others are measured against; with large groups a few words do not fit",
+    ),
+)
+
+TRAITS = {name: type_.traits for name, type_ in QTYPES.items() if type_.traits is not None}
+KERNELS = CudaExecutor().kernels(
+    DeviceInfo(kind="cuda", name="any", total_bytes=0, free_bytes=0), list(QTYPES.values())
+)
+
+
+def lowered(plan: WeightPlan, kv_type: str, *, bulk_copies: bool = False) -> Iterator[Source]:
+    """The sources of a program, with both kinds of activations."""
+    for quantize in (True, False):
+        lowering = Lowering(
+            plan=plan,
+            sources=KernelSources(TRAITS),
+            rows=512,
+            kv_type=kv_type,
+            sm_count=132,
+            quantize_activations=quantize,
+            cublas=True,
+            bulk_copies=bulk_copies,
+        )
+        parts = [part for path in lowering.paths for part in lowering.launches(path)]
+        yield from (spec.source for part in parts for spec in part if isinstance(spec, LaunchSpec))
+        yield lowering.sources.choose(plan.program.vocab_size, lowering.sm_count)
+
+
+def of_shapes(*, bulk_copies: bool = False) -> Iterator[Source]:
+    recipes = [*RECIPES, *["Q4_K_M"] * len(SHAPES)]
+    for shape, recipe, kv_type in zip(cycle(SHAPES), recipes, cycle(KV_TYPES), strict=False):
+        file = synth_model(shape, recipe, layers=2)
+        model = validate(file, CONTRACTS[file.architecture]).model()
+        plan = plan_weights(model, build_program(model), KERNELS)
+        yield from lowered(plan, kv_type, bulk_copies=bulk_copies)
+        for weight in plan.weights:  # a matrix of any type may be the embedding, or go to cuBLAS
+            if weight.layout.name == "tiles":
+                yield KernelSources(TRAITS).embed(weight)
+                yield KernelSources(TRAITS).dequantise(weight)
+
+
+def of_families() -> Iterator[Source]:
+    for case, kv_type in zip(CASES.values(), cycle(("f32", "f16")), strict=False):
+        contract, metadata, arrays = build(evolve(case, keys={**case.keys, "feed_forward_length": 64}))
+        model = validate(model_file(metadata, arrays), contract).model()
+        program = build_program(model)
+        if not any(isinstance(o, op.Linear) and o.weight.columns % 32 for o in program.operators):
+            yield from lowered(plan_weights(model, program, KERNELS), kv_type)
+
+
+def of_heads() -> Iterator[Source]:
+    """Attention and what comes before it, for every size of head and group."""
+    sources = KernelSources(TRAITS)
+    turns = cycle(product(KV_TYPES, (0.0, 30.0), (0, 128)))
+    for (head_dim, group), _ in product(product((64, 80, 96, 128, 256), (1, 2, 3, 4, 5, 6, 7, 8)), range(3)):
+        kv_type, softcap, window = next(turns)
+        if head_dim % KV_TYPES[kv_type].block_elements:
+            kv_type = "f16"
+        attention = _attention(head_dim, group, softcap, window)
+        tile = attention_tile(group)
+        yield sources.attention(attention, kv_type, 33)
+        yield sources.attend(_place(head_dim, "halves", head_dim, "rms", attention), kv_type, 16)
+        if kv_type != "f32":
+            yield sources.attention(attention, kv_type, 33, tile.rows)
+            yield sources.attention_prefill(attention, kv_type, tile)
+    styles: tuple[Style, ...] = ("adjacent", "halves")
+    norms: tuple[NormType | None, ...] = (None, "rms", "layer")
+    for kv_type, head_dim, style, part, norm in product(KV_TYPES, (64, 96, 256), styles, (0, 2, 1), norms):
+        if part or norm:
+            yield sources.place(_place(head_dim, style, head_dim // part if part else 0, norm), kv_type)
+    yield from (sources.kv_write(kv_type) for kv_type in KV_TYPES)
+
+
+def _attention(head_dim: int, group: int, softcap: float, window: int) -> op.Attention:
+    q, out = (Buffer(name, 4 * group * head_dim) for name in ("q", "out"))
+    return op.Attention(
+        layer=0,
+        name="attention",
+        src=q,
+        out=out,
+        num_heads=4 * group,
+        num_kv_heads=4,
+        head_dim=head_dim,
+        scale=1.0,
+        softcap=softcap,
+        window=window,
+    )
+
+
+def _place(
+    head_dim: int, style: Style, dims: int, norm: NormType | None, attention: op.Attention | None = None
+) -> PlaceGroup:
+    attention = attention or _attention(head_dim, 2, 0.0, 0)
+    heads = attention.num_heads
+    weight = WeightRef(role="attn_q_norm", layer=0, tensor="norm", shape=(head_dim,), row_stop=head_dim)
+    k = Buffer("k", 4 * head_dim)
+
+    def norm_of(src: Buffer, heads: int) -> op.Norm | None:
+        if norm is None:
+            return None
+        return op.Norm(layer=0, name="norm", src=src, out=src, type=norm, eps=1e-5, groups=heads, weight=weight)
+
+    def rope_of(src: Buffer, heads: int) -> op.Rope | None:
+        if not dims:
+            return None
+        shape: dict[str, Any] = {"num_heads": heads, "head_dim": head_dim, "dims": dims}
+        return op.Rope(layer=0, name="rope", src=src, out=src, style=style, base=1e4, **shape)
+
+    return PlaceGroup(
+        q_norm=norm_of(attention.src, heads),
+        k_norm=norm_of(k, 4),
+        q_rope=rope_of(attention.src, heads),
+        k_rope=rope_of(k, 4),
+        write=op.KvWrite(layer=0, name="kv_write", k=k, v=k, num_kv_heads=4, head_dim=head_dim),
+        attention=attention,
+    )
+
+
+@cache
+def chosen() -> Mapping[str, Sequence[Source]]:
+    sources = {*of_shapes(), *of_families(), *of_heads(), KernelSources(TRAITS).read()}
+    with_rings = set(of_shapes(bulk_copies=True)) - sources
+    plain, rings = covering_set(sources, ARCHS), covering_set(with_rings, BULK_COPIES)
+    return {arch: [*plain[arch], *rings.get(arch, ())] for arch in ARCHS}
+
+
+def test_every_kernel_file_is_compiled_somewhere() -> None:
+    compiled = {f"{source.name}.cu" for sources in chosen().values() for source in sources}
+    assert {path.name for path in OPS.glob("*.cu")} == compiled | set(ELSEWHERE)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_type_is_compiled_with_every_operator_that_takes_it(arch: str) -> None:
+    found = {(source.name, name) for source in chosen()[arch] for name in TRAITS if f"{name}," in str(source.defines)}
+    everywhere = {(kernel, name) for kernel in ("gemv", "embed", "dequantise", "matmul") for name in TRAITS}
+    assert everywhere - found == {("matmul", "F32")}, "whose products are of float32, by gemv or cuBLAS"
+
+
+def allowed(source: Source) -> int:
+    """Bytes of local memory that a source is excused for."""
+    return max((excuse.most_bytes for excuse in EXCUSED if re.search(excuse.source, str(source))), default=0)
+
+
+@needs_nvrtc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_compile_without_local_memory(arch: str) -> None:
+    compiled = compile_all(chosen()[arch], arch)
+    assert compiled.compiled == len(chosen()[arch])
+    used = [(source, name, code) for source, made in compiled.kernels.items() for name, code in made.functions.items()]
+    spills = [
+        f"{source}: {name} has {resources.stack_bytes} bytes of local memory"
+        for source, name, resources in used
+        if resources.uses_local_memory and resources.stack_bytes > allowed(source)
+    ]
+    assert not spills, "\n".join(spills)
+    warnings = [f"{source}: {code.warnings}" for source, code in compiled.kernels.items() if code.warnings]
+    assert not warnings, "\n".join(warnings)

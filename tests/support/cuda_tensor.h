@@ -1,0 +1,119 @@
+// What ops/mma.cuh does with tensor cores and shared memory, in C++, for kernels whose threads work together. Stands in
+// for cuda_fp16.h; the text of mma.cuh is left out. Dynamic shared memory is `arena`.
+#pragma once
+
+#include "cuda_threads.h"
+
+#define __align__(n) alignas(n)
+#define __constant__ static
+
+alignas(128) static thread_local unsigned char arena[256 << 10];
+
+inline unsigned min(unsigned a, int b) { return std::min(a, static_cast<unsigned>(b)); }
+
+inline uint4 __ldcg(const uint4* p) { return *p; }
+
+struct __half2 { __half x, y; };
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+inline __half2 __float2half2_rn(float x) { return __floats2half2_rn(x, x); }
+inline __half2 __hsub2(__half2 a, __half2 b) {
+    return __floats2half2_rn(__half2float(a.x) - __half2float(b.x), __half2float(a.y) - __half2float(b.y));
+}
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+    return __floats2half2_rn(std::fma(__half2float(a.x), __half2float(b.x), __half2float(c.x)),
+                             std::fma(__half2float(a.y), __half2float(b.y), __half2float(c.y)));
+}
+
+// Byte i of the result is byte (selectors >> 4 * i & 7) of the eight in high:low.
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selectors) {
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) {
+        const unsigned selector = selectors >> (4 * i) & 7u;
+        result |= ((selector & 4u ? high : low) >> (8 * (selector & 3u)) & 0xffu) << (8 * i);
+    }
+    return result;
+}
+inline int __ffs(unsigned word) { return __builtin_ffs(static_cast<int>(word)); }
+inline int __clz(unsigned word) { return word ? __builtin_clz(word) : 32; }
+
+// What each lane of a warp puts out, for all of it to read until all have.
+struct Published {
+    unsigned words[32][8];
+};
+template <class Read>
+void with_all_lanes(const unsigned* words, int count, Read read) {
+    static thread_local Published warps[32];
+    Meeting& warp = running->warps[threadIdx.x / 32];
+    Published& mine = warps[threadIdx.x / 32];
+    std::memcpy(mine.words[threadIdx.x % 32], words, count * sizeof *words);
+    meet(warp, 32);
+    read(mine.words);
+    meet(warp, 32);
+}
+inline unsigned __ballot_sync(unsigned, bool vote) {
+    unsigned mine = vote, result = 0;
+    with_all_lanes(&mine, 1, [&](auto& words) {
+        for (int lane = 0; lane < 32; ++lane) result |= words[lane][0] << lane;
+    });
+    return result;
+}
+
+inline float half_of(unsigned word, int which) {
+    return __half2float({static_cast<unsigned short>(which ? word >> 16 : word & 0xffffu)});
+}
+inline unsigned half2_word(float low, float high) {
+    return __float2half_rn(low).bits | static_cast<unsigned>(__float2half_rn(high).bits) << 16;
+}
+
+// PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type".
+inline void mma_m16n8k16(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    const unsigned words[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    with_all_lanes(words, 6, [&](auto& all) {
+        const int lane = threadIdx.x % 32;
+        for (int i = 0; i < 4; ++i) {
+            const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+            double sum = sums[i];
+            for (int k = 0; k < 16; ++k) {
+                const unsigned left = all[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+                const unsigned right = all[column * 4 + k % 8 / 2][4 + k / 8];
+                sum += static_cast<double>(half_of(left, k % 2)) * half_of(right, k % 2);
+            }
+            sums[i] = static_cast<float>(sum);
+        }
+    });
+}
+
+inline unsigned shared_address(const void* p) {
+    return static_cast<unsigned>(static_cast<const unsigned char*>(p) - arena);
+}
+inline unsigned shared_word(unsigned address) {
+    unsigned word;
+    std::memcpy(&word, arena + address, 4);
+    return word;
+}
+inline void load_matrices(unsigned (&m)[4], unsigned address) {
+    with_all_lanes(&address, 1, [&](auto& all) {
+        const int lane = threadIdx.x % 32;
+        for (int i = 0; i < 4; ++i) m[i] = shared_word(all[8 * i + lane / 4][0] + lane % 4 * 4);
+    });
+}
+inline void load_matrices_transposed(unsigned (&m)[4], unsigned address) {
+    with_all_lanes(&address, 1, [&](auto& all) {
+        const int lane = threadIdx.x % 32, column = lane / 4;
+        for (int i = 0; i < 4; ++i) {
+            unsigned halves[2];
+            for (int j = 0; j < 2; ++j) {
+                const unsigned word = shared_word(all[8 * i + lane % 4 * 2 + j][0] + column / 2 * 4);
+                halves[j] = column % 2 ? word >> 16 : word & 0xffffu;
+            }
+            m[i] = halves[0] | halves[1] << 16;
+        }
+    });
+}
+inline void copy_async16(unsigned to, const void* from, bool inside) {
+    if (inside) std::memcpy(arena + to, from, 16);
+    else std::memset(arena + to, 0, 16);
+}
+inline void end_copies() {}
+template <int kStillOpen>
+void wait_for_copies() {}

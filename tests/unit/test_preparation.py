@@ -1,0 +1,57 @@
+"""What an executor does before weights are uploaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mortice.core.config import ExecutorConfig, ModelConfig, RunConfig
+from mortice.core.errors import PluginError
+from mortice.core.pipeline import Pipeline, prepare
+from mortice.plugins.executors.reference.executor import ReferenceExecutor
+from tests.support.registry import like_reference, make_registry, plugin_of
+from tests.support.tiny import tiny
+
+
+def pipeline_with(folder: Path, **changes: Any) -> Pipeline:
+    registry = make_registry({"given": plugin_of(mortice_executors=lambda: [like_reference(**changes)])})
+    path = tiny(folder)
+    return prepare(RunConfig(model=ModelConfig(path=path), executor=ExecutorConfig(name="mine")), registry)
+
+
+def test_an_executor_prepares_once_before_it_allocates(tmp_path: Path) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    def allocate(executor: ReferenceExecutor, nbytes: int) -> Any:
+        calls.append(("allocate", nbytes))
+        return ReferenceExecutor.allocate(executor, nbytes)
+
+    def prepared(_: ReferenceExecutor, plan: Any, settings: Any) -> None:
+        calls.append(("prepare", (plan, settings)))
+
+    with pipeline_with(tmp_path, prepare=prepared, allocate=allocate) as pipeline:
+        assert not calls, "nothing is compiled for a model that is only looked at"
+        pipeline.preload()
+        pipeline.preload()
+        assert calls == [
+            ("prepare", (pipeline.plan, pipeline.settings)),
+            ("allocate", pipeline.plan.arena_bytes),
+        ]
+
+
+def test_what_fails_in_preparation_fails_before_the_upload(tmp_path: Path) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    allocated: list[int] = []
+    with pipeline_with(tmp_path, prepare=refuse, allocate=lambda _, nbytes: allocated.append(nbytes)) as pipeline:
+        with pytest.raises(PluginError, match=r"plugin given.*prepare.*no compiler"):
+            pipeline.preload()
+        assert not allocated
+
+
+def test_an_executor_need_not_prepare(tmp_path: Path) -> None:
+    with pipeline_with(tmp_path) as pipeline:
+        assert pipeline.preload() > 0
