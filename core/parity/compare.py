@@ -191,14 +191,15 @@ class _Comparer:
     def comparisons(self, tolerances: Tolerances) -> Iterator[Comparison]:
         """Every compared value, in the program's order."""
         program = self.oracle.program
-        compared = {buffer for _, buffer in self.errors}
+        # what one kind of step fuses, another may write
+        compared = {mode: {buffer for of, buffer in self.errors if of == mode} for mode in MODES}
         for place, operator in enumerate(program.operators):
             for buffer in operator.outputs:
-                if buffer not in compared:
-                    continue
-                covered, sources = covers(program, operator, compared)
-                kinds = list(dict.fromkeys(part.kind for part in covered))
                 for mode in MODES:
+                    if buffer not in compared[mode]:
+                        continue
+                    covered, sources = covers(program, operator, compared[mode])
+                    kinds = list(dict.fromkeys(part.kind for part in covered))
                     inherited = max((self._error(mode, source) for source in sources), default=0.0)
                     yield Comparison(
                         operator=operator.name,

@@ -112,7 +112,7 @@ class Bench:
         at = 0
         for buffer in buffers:
             self._offsets[buffer] = at
-            at += 4 * self.rows * buffer.width
+            at += -(-4 * self.rows * buffer.width // 256) * 256  # as `place_buffers` aligns
         workspace = self.device.allocate(at)
         paths = row_paths(self.rows, exact=False, cublas=True)
         sm_count = self.device.properties.sm_count
@@ -290,7 +290,7 @@ def test_a_gated_map_whose_result_goes_on_into_another(
 
 
 def load(path: Path, **kinds: Any) -> Pipeline:
-    chosen = ExecutorConfig(name="cuda", context=1100, step_tokens=512, **kinds)
+    chosen = ExecutorConfig(name="cuda", context=CONTEXT, step_tokens=512, **kinds)
     return mortice.load(RunConfig(model=ModelConfig(path=path), executor=chosen))
 
 
@@ -308,6 +308,7 @@ def fed(cuda: Pipeline, ids: Sequence[int], at_once: int) -> NDArray[np.float32]
         return np.concatenate(rows)
 
 
+CONTEXT = 1100
 FAMILIES = {
     "llama": {"hidden_size": 512, "ffn_size": 1536, "num_heads": 8, "num_kv_heads": 2},
     "qwen2": {"hidden_size": 896, "num_heads": 14, "num_kv_heads": 2},
@@ -317,7 +318,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefill_equals_decode_and_eight_at_a_time_at_every_length(tmp_path: Path, family: str) -> None:
-    path = write_tiny_model(tmp_path / "m.gguf", CONTRACTS[family], qtypes="Q8_0", sizes=FAMILIES[family])
+    path = write_tiny_model(tmp_path / "m.gguf", CONTRACTS[family], qtypes="Q8_0", sizes={**FAMILIES[family], "context_length": CONTEXT})
     with load(path) as cuda, load(path, activations="f32") as exact:
         ids = [int(i) for i in np.random.default_rng(7).integers(0, cuda.program.vocab_size, max(LENGTHS))]
         wanted, few = fed(exact, ids, 1), fed(cuda, ids, 8)
@@ -328,7 +329,7 @@ def test_prefill_equals_decode_and_eight_at_a_time_at_every_length(tmp_path: Pat
 
 
 def test_a_long_prompt_in_chunks_equals_one_by_one(tmp_path: Path) -> None:
-    path = write_tiny_model(tmp_path / "m.gguf", CONTRACTS["llama"], qtypes="Q8_0", sizes=FAMILIES["llama"])
+    path = write_tiny_model(tmp_path / "m.gguf", CONTRACTS["llama"], qtypes="Q8_0", sizes={**FAMILIES["llama"], "context_length": CONTEXT})
     with load(path) as cuda, load(path, activations="f32") as exact:
         ids = [int(i) for i in np.random.default_rng(8).integers(0, cuda.program.vocab_size, 1025)]
         with exact.session() as session:
@@ -339,7 +340,7 @@ def test_a_long_prompt_in_chunks_equals_one_by_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kv", ["f16", "q8_0", "f32"])
 def test_prefills_and_decodes_of_several_sequences_in_one_step(tmp_path: Path, kv: str) -> None:
     sizes = {"hidden_size": 512, "ffn_size": 768, "num_heads": 8, "num_kv_heads": 2}
-    path = write_tiny_model(tmp_path / "m.gguf", CONTRACTS["llama"], qtypes="Q4_K", sizes=sizes)
+    path = write_tiny_model(tmp_path / "m.gguf", CONTRACTS["llama"], qtypes="Q4_K", sizes={**sizes, "context_length": CONTEXT})
     with load(path, kv=kv) as cuda:
         rng = np.random.default_rng(9)
         past = [70, 0, 3, 129, 0, 64, 40]

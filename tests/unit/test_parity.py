@@ -48,11 +48,13 @@ class FaultyExecutor(ReferenceExecutor):
     faults: Mapping[str, Fault] = field(factory=dict)
     hidden: Sequence[str] = ()
     """Kinds of operators whose values stay within a kernel."""
+    hidden_alone: Sequence[str] = ()
+    """Those that do in steps of one token."""
     traceable: bool = True
 
     def open(self, model: BoundModel, settings: RuntimeSettings, emit: Emit) -> ReferenceRuntime:
         runtime = _Fused(model, settings, emit)
-        runtime.hidden = self.hidden
+        runtime.hidden, runtime.hidden_alone = self.hidden, self.hidden_alone
         runtime._plan = [
             evolve(each, run=self.faults[each.name](each.run)) if each.name in self.faults else each
             for each in runtime._plan
@@ -66,12 +68,15 @@ class _Fused(ReferenceRuntime):
     """Shows only what a kernel that does several operators would write."""
 
     hidden: Sequence[str] = field(default=(), init=False)
+    hidden_alone: Sequence[str] = field(default=(), init=False)
 
     def trace(self, parts: Sequence[StepPart], see: Callable[[Buffer, NDArray[np.float32]], None]) -> Any:
+        alone = sum(len(part.token_ids) for part in parts) == 1
+        hidden = {*self.hidden, *(self.hidden_alone if alone else ())}
         kinds = {buffer: o.kind for o in self.model.plan.program.operators for buffer in o.outputs}
 
         def see_some(buffer: Buffer, value: NDArray[np.float32]) -> None:
-            if kinds[buffer] not in self.hidden:
+            if kinds[buffer] not in hidden:
                 see(buffer, value)
 
         return ReferenceRuntime.trace(self, parts, see_some)
@@ -237,6 +242,19 @@ def test_a_fault_within_a_fused_group_is_laid_to_the_group(models: Callable[[str
     assert "layers.0.ffn_down" not in found.covers
     assert set(found.kind.split("+")) == {"norm", "linear", "rope", "kv_write", "attention"}
     assert "which ends layers.1.attn_norm + layers.1.attn_q" in report.failures[0]
+
+
+def test_what_one_kind_of_step_fuses_and_another_does_not_is_compared_where_it_is_seen(
+    models: Callable[[str], Path],
+) -> None:
+    faults = {"layers.1.rope_k": later_position}
+    report = compared(models("llama"), faults=faults, hidden_alone=("rope", "linear"))
+    covers = {(each.operator, each.mode): set(each.kind.split("+")) for each in report.comparisons}
+    assert covers["layers.1.attention", "prefill"] == {"attention", "kv_write"}
+    assert covers["layers.1.attention", "decode"] == {"attention", "kv_write", "linear", "rope"}
+    assert ("layers.1.rope_k", "prefill") in covers
+    assert ("layers.1.rope_k", "decode") not in covers
+    assert not report.passed
 
 
 def test_attention_stands_for_the_unseen_values_of_its_cache(models: Callable[[str], Path]) -> None:

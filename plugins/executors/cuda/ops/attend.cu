@@ -8,7 +8,7 @@
 // it, so that a short run needs no more than its Q. Sums are kept with a running maximum (Milakov and Gimelshein 2018).
 //
 // Compile-time: those of place.cu (HEAD_DIM, KV_HEADS, DIMS, HALVES, HEAD_NORM, KV) and of attention.cu (GROUP, SPLITS,
-// SOFTCAP, WINDOWED), and RUN_GROUPS, the groups of positions that take about as long as joining two runs.
+// SOFTCAP, WINDOWED), and RUN_GROUPS, the groups of positions worth a block of their own.
 #include "kv_cache.cuh"
 #include "norm.cuh"
 #include "rope.cuh"
