@@ -27,7 +27,9 @@ from tests.support.tiny import REGISTRY, open_file
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     "README.md",
+    "docs/how-to/add-a-loader.md",
     "docs/how-to/add-an-architecture.md",
+    "docs/how-to/add-an-executor.md",
     "docs/how-to/derive-a-contract.md",
     "docs/how-to/reproduce-a-run.md",
     "docs/how-to/run-a-hugging-face-folder.md",

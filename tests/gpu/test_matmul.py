@@ -318,7 +318,9 @@ FAMILIES = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefill_equals_decode_and_eight_at_a_time_at_every_length(tmp_path: Path, family: str) -> None:
-    path = write_tiny_model(tmp_path / "m.gguf", CONTRACTS[family], qtypes="Q8_0", sizes={**FAMILIES[family], "context_length": CONTEXT})
+    path = write_tiny_model(
+        tmp_path / "m.gguf", CONTRACTS[family], qtypes="Q8_0", sizes={**FAMILIES[family], "context_length": CONTEXT}
+    )
     with load(path) as cuda, load(path, activations="f32") as exact:
         ids = [int(i) for i in np.random.default_rng(7).integers(0, cuda.program.vocab_size, max(LENGTHS))]
         wanted, few = fed(exact, ids, 1), fed(cuda, ids, 8)
@@ -329,7 +331,9 @@ def test_prefill_equals_decode_and_eight_at_a_time_at_every_length(tmp_path: Pat
 
 
 def test_a_long_prompt_in_chunks_equals_one_by_one(tmp_path: Path) -> None:
-    path = write_tiny_model(tmp_path / "m.gguf", CONTRACTS["llama"], qtypes="Q8_0", sizes={**FAMILIES["llama"], "context_length": CONTEXT})
+    path = write_tiny_model(
+        tmp_path / "m.gguf", CONTRACTS["llama"], qtypes="Q8_0", sizes={**FAMILIES["llama"], "context_length": CONTEXT}
+    )
     with load(path) as cuda, load(path, activations="f32") as exact:
         ids = [int(i) for i in np.random.default_rng(8).integers(0, cuda.program.vocab_size, 1025)]
         with exact.session() as session:
@@ -340,7 +344,9 @@ def test_a_long_prompt_in_chunks_equals_one_by_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kv", ["f16", "q8_0", "f32"])
 def test_prefills_and_decodes_of_several_sequences_in_one_step(tmp_path: Path, kv: str) -> None:
     sizes = {"hidden_size": 512, "ffn_size": 768, "num_heads": 8, "num_kv_heads": 2}
-    path = write_tiny_model(tmp_path / "m.gguf", CONTRACTS["llama"], qtypes="Q4_K", sizes={**sizes, "context_length": CONTEXT})
+    path = write_tiny_model(
+        tmp_path / "m.gguf", CONTRACTS["llama"], qtypes="Q4_K", sizes={**sizes, "context_length": CONTEXT}
+    )
     with load(path, kv=kv) as cuda:
         rng = np.random.default_rng(9)
         past = [70, 0, 3, 129, 0, 64, 40]

@@ -30,7 +30,7 @@ ACTIVATIONS: Mapping[str | None, str] = {
     "relu_squared": "kReluSquared",
 }
 _RUN_GROUPS = 4
-"""Groups of positions worth a block of their own: with 12 a token at some hundred positions took 4 us a layer longer."""
+"""Groups of positions worth a block of their own: with 12, tokens at some hundred positions took longer."""
 _NORMS = {None: "kNoNorm", "rms": "kRmsNorm", "layer": "kLayerNorm"}
 KV_NAMES: Mapping[str, str] = {"f16": "__half", "f32": "float", "q8_0": "Q8"}
 """The C++ types of `mortice.core.model.kv_types.KV_TYPES`, see ``ops/kv_cache.cuh``."""

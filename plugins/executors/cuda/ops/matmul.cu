@@ -81,14 +81,12 @@ using Segments = SegmentList<SEGMENTS>;
 // What a launch has to ask for. Read by the host.
 extern "C" __device__ const int shared_bytes = SLICE_STEPS * kStepParts * 16;
 
-// Steps whose chunks a lane loads before it uses the first: as many as registers allow beside the sums.
-#if __CUDA_ARCH__ >= 1200  // where the compiler spends more of them
-constexpr int kMostSums = 1;
-#else
-constexpr int kMostSums = 4;
-#endif
+// Whether a lane loads the next chunks while it uses those before, and the steps whose chunks it loads at once: as many
+// as registers allow beside the sums.
 template <class Q>
-constexpr int kInFlight = HEIGHT * kTiles > kMostSums || sizeof(typename Q::Weight32) > 64 ? 1 : 2;
+constexpr bool kLoadsAhead = sizeof(typename Q::Weight32) <= 48;
+template <class Q>
+constexpr int kInFlight = HEIGHT * kTiles == 1 && (!kLoadsAhead<Q> || sizeof(typename Q::Weight32) <= 36) ? 2 : 1;
 
 // One step: the products of 16 rows by 128 columns with all rows of the pass.
 template <class Q>
@@ -137,26 +135,43 @@ __device__ __forceinline__ void fetch(const uint8* weight, int unit, int first, 
     }
 }
 
+// The chunks of some steps of a unit.
 template <class S>
-__device__ __forceinline__ void unit_sums(const uint8* weight, int unit, int first, int steps, const uint4* inputs,
-                                          float (&sums)[HEIGHT][kTiles][4]) {
-    using W = typename S::Q::Weight32;
-    constexpr int kAhead = kInFlight<typename S::Q>;
-    const int lane = threadIdx.x % kWarp;
-#pragma unroll 1
-    for (int step = 0; step < steps; step += kAhead) {
-        W w[kAhead][HEIGHT][2];
+struct Chunks {
+    static constexpr int kSteps = kInFlight<typename S::Q>;
+    typename S::Q::Weight32 of[kSteps][HEIGHT][2];
+
+    // Those from step `step` on, of `steps` that begin at `first`.
+    __device__ __forceinline__ void load(const uint8* weight, int unit, int first, int step, int steps) {
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
+        for (int i = 0; i < kSteps; ++i) {
             if (step + i >= steps) break;
 #pragma unroll
             for (int h = 0; h < 2 * HEIGHT; ++h) {
-                w[i][h / 2][h % 2] = S::template load<GlobalStream>(weight, unit, h, first + step + i);
+                of[i][h / 2][h % 2] = S::template load<GlobalStream>(weight, unit, h, first + step + i);
             }
+        }
+    }
+};
+
+template <class S>
+__device__ __forceinline__ void unit_sums(const uint8* weight, int unit, int first, int steps, const uint4* inputs,
+                                          float (&sums)[HEIGHT][kTiles][4]) {
+    constexpr int kAhead = Chunks<S>::kSteps;
+    const int lane = threadIdx.x % kWarp;
+    Chunks<S> now, next;
+    if constexpr (kLoadsAhead<typename S::Q>) next.load(weight, unit, first, 0, steps);
+#pragma unroll 1
+    for (int step = 0; step < steps; step += kAhead) {
+        if constexpr (kLoadsAhead<typename S::Q>) {
+            now = next;
+            next.load(weight, unit, first, step + kAhead, steps);
+        } else {
+            now.load(weight, unit, first, step, steps);
         }
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
-            if (step + i < steps) add_step<typename S::Q>(w[i], inputs + (step + i) * kStepParts + lane, sums);
+            if (step + i < steps) add_step<typename S::Q>(now.of[i], inputs + (step + i) * kStepParts + lane, sums);
         }
     }
 }
