@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from attrs import frozen
+from attrs import field, frozen
 
 from mortice.core.model.operators import Attention, Norm
 from mortice.core.model.weight_plan import PlannedWeight
@@ -41,6 +41,8 @@ class KernelSources:
     """Makes sources; `traits` gives the header of a quantisation type by name."""
 
     traits: Mapping[str, Path]
+    _texts: dict[tuple[str, ...], str] = field(factory=dict, init=False, eq=False, repr=False)
+    """Flattened files, by what was put before them: a program asks for the same few again and again."""
 
     def gemv(
         self,
@@ -183,8 +185,11 @@ class KernelSources:
         return self._source("choose.cu", choice_defines(vocab_size, choice_blocks(sm_count)))
 
     def _source(self, file: str, defines: Mapping[str, str | int], qtypes: Sequence[str] = ()) -> Source:
-        headers = [self.traits[name] for name in sorted(set(qtypes))]
-        text = flatten(OPS / file, [OPS], before=headers)
+        names = tuple(sorted(set(qtypes)))
+        text = self._texts.get((file, *names))
+        if text is None:
+            text = flatten(OPS / file, [OPS], before=[self.traits[name] for name in names])
+            self._texts[file, *names] = text
         return Source(name=file.removesuffix(".cu"), text=text, defines=defines)
 
 

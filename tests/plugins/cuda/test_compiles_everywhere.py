@@ -43,6 +43,8 @@ from tests.support.in_memory import model_file
 from tests.support.tiny import CONTRACTS, QTYPES
 from tests.unit.model.test_families import CASES, build
 
+pytestmark = pytest.mark.xdist_group("compiles everywhere")  # what is to be compiled is worked out once
+
 Style = Literal["adjacent", "halves"]
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")

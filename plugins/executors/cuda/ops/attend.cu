@@ -24,7 +24,7 @@ constexpr int kShares = ceil_div(GROUP, 2);
 constexpr int kHeads = ceil_div(GROUP, kShares);
 constexpr int kTeams = kWarps / kShares;  // of warps that take the same positions
 constexpr int kTogether = kTeams * kAtOnce;
-constexpr int kDepth = 4;              // groups of positions a warp has under way
+constexpr int kDepth = sizeof(KvEight<KV>) > 16 ? 2 : 4;  // groups of positions a warp has under way, in registers
 constexpr int kAhead = kDepth * kTogether;
 constexpr int kLeast = RUN_GROUPS * kTogether;  // positions worth a block of their own
 static_assert(HEAD_DIM % kPerLane == 0 && kLanes <= kWarp && kTeams > 0, "a warp holds whole positions");
