@@ -20,6 +20,8 @@ _RING_BLOCK_BYTES = 111 << 10
 _DIRECT_BYTES = 256 << 20
 """From here on weights go straight to registers: what rings save at a launch's ends is nothing beside its length, and
 they cost instructions (8B's head of 431 MB took 153 us straight, 219 us through rings, on an H100)."""
+_MOST_COLUMNS = 25600
+"""Of an input kept as float32 beside rings."""
 _INPUT_BYTES = 40
 """Of shared memory for each 32 activations as int8; see ``ActivationRow``."""
 
@@ -65,7 +67,8 @@ def gemv_shape(weights: Sequence[PlannedWeight], *, bulk_copies: bool) -> GemvSh
     tile = max(tile_geometry(w.tensor.qtype, w.rows, w.columns).tile_bytes for w in weights)
     room = _RING_BLOCK_BYTES - _INPUT_BYTES * weights[0].columns // 32
     warps = min(_MOST_WARPS, room // (_LEAST_SLOTS * tile))
-    if not bulk_copies or sum(w.nbytes for w in weights) >= _DIRECT_BYTES or warps < _LEAST_WARPS:
+    large = sum(w.nbytes for w in weights) >= _DIRECT_BYTES or weights[0].columns > _MOST_COLUMNS
+    if not bulk_copies or large or warps < _LEAST_WARPS:
         return GemvShape(threads=_THREADS, slots=0, blocks=1)
     slots = min(_MOST_SLOTS, room // (warps * tile))
     return GemvShape(threads=32 * warps, slots=slots, blocks=2)
