@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -18,8 +18,9 @@ from attrs import define, evolve, field, fields_dict
 from numpy.typing import NDArray
 
 from mortice.arch_contracts.structuring import unknown_key
+from mortice.core.batch import Request, Result, finished_results, stream_many
 from mortice.core.config import RunConfig
-from mortice.core.errors import ConfigError, DeviceError, UnsupportedError
+from mortice.core.errors import ConfigError, DeviceError, InputError, UnsupportedError
 from mortice.core.model.program import Program, build_program
 from mortice.core.model.residency import ResidentWeights, bind
 from mortice.core.model.types import ModelFile
@@ -46,7 +47,10 @@ from mortice.core.text.params import GenerationParams, SamplingParams
 if TYPE_CHECKING:  # the tokenizer library is imported when text is first needed
     from mortice.core.text.tokenizer import Tokenizer
 
-__all__ = ["Pipeline", "load", "prepare", "prepare_opened"]
+__all__ = ["Pipeline", "Prompt", "load", "prepare", "prepare_opened"]
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, or a mapping of ``prompt`` (one of the two) and options of its own."""
 
 
 def prepare(config: RunConfig, registry: Registry | None = None, *, require_fit: bool = True) -> Pipeline:
@@ -248,6 +252,46 @@ class Pipeline:
             session.close()
             raise
         return _closing(session, pieces)
+
+    def generate_many(self, prompts: Sequence[Prompt], **options: Any) -> Iterator[tuple[int, Piece]]:
+        """Generate text after many prompts at once; a prompt's number and its next piece, as they are made.
+
+        Closing the iterator frees all sequences.
+
+        Args:
+            prompts: each as for `generate`, or a mapping of ``prompt`` and its own options.
+            options: for all prompts, as for `generate`; a prompt's own come before them.
+
+        Raises:
+            InputError: before any work, naming the prompt: one that is refused.
+            ExecutionError: when all others are finished: naming each prompt that failed, and why.
+
+        """
+        return stream_many(self, self._requests(prompts, options))
+
+    def complete_many(self, prompts: Sequence[Prompt], **options: Any) -> list[Result]:
+        """`generate_many` as a list, in the order of the prompts; the error of one that failed is in its result."""
+        results = finished_results(self, self._requests(prompts, options))
+        return sorted(results, key=lambda result: result.index)
+
+    def request(self, prompt: str | Sequence[int], options: Mapping[str, Any]) -> Request:
+        """A prompt with its options, checked: what `mortice.core.batch` takes many of."""
+        sampling, generation = self.parameters(dict(options))
+        request = Request(prompt_ids=self.encode(prompt), sampling=sampling, generation=generation)
+        request.check(self)
+        return request
+
+    def _requests(self, prompts: Sequence[Prompt], options: dict[str, Any]) -> list[Request]:
+        if isinstance(prompts, str):  # taken as a sequence it would be a prompt for each character
+            raise InputError(f"prompts: found {prompts!r:.40}, wanted a list of them")
+        requests = []
+        for index, given in enumerate(prompts):
+            own = dict(given) if isinstance(given, Mapping) else {"prompt": given}
+            try:
+                requests.append(self.request(own.pop("prompt", ()), {**options, **own}))
+            except InputError as error:
+                raise InputError(f"prompt {index}: {error}") from error
+        return requests
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt."""

@@ -1,10 +1,12 @@
-"""One answer: streamed, timed and kept."""
+"""A prompt and its answer: read, checked, made token ids; streamed, timed and kept."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
@@ -13,12 +15,22 @@ from mortice.core.cli.render import Screen
 from mortice.core.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
+    from mortice.core.config import PromptConfig
     from mortice.core.pipeline import Pipeline
     from mortice.core.session import Session
     from mortice.core.text.generation import Piece
     from mortice.core.text.params import GenerationParams, SamplingParams
 
-__all__ = ["Answer", "check_prompt", "give_answer", "read_stdin", "require_stdin"]
+__all__ = [
+    "Answer",
+    "check_prompt",
+    "give_answer",
+    "prompt_encoder",
+    "read_stdin",
+    "require_chat",
+    "require_file_name",
+    "require_stdin",
+]
 
 
 @define(kw_only=True)
@@ -127,6 +139,33 @@ def check_prompt(pipeline: Pipeline, prompt_ids: Sequence[int]) -> None:
             f"prompt: found {len(prompt_ids)} tokens, wanted fewer than the context's {context}; "
             "--context makes it longer where the model allows it"
         )
+
+
+def require_chat(prompt: PromptConfig) -> None:
+    """Refuse a system message where there is no chat."""
+    if prompt.system is not None and not prompt.chat:
+        raise ConfigError("prompt.system: only a chat has a system message; pass --chat too, or leave it out")
+
+
+@contextmanager
+def prompt_encoder(pipeline: Pipeline, prompt: PromptConfig) -> Iterator[Callable[[str], list[int]]]:
+    """What turns a text into token ids, through the chat template where `prompt` is one of a chat."""
+    tokenizer = pipeline.tokenizer
+    if not prompt.chat:
+        yield tokenizer.encode
+        return
+    from mortice.core.text.chat import ChatTemplate, Message, encode_chat
+
+    before = [] if prompt.system is None else [Message(role="system", content=prompt.system)]
+    with closing(ChatTemplate.from_metadata(pipeline.model.file.metadata, tokenizer)) as template:
+        yield lambda text: encode_chat(tokenizer, template, [*before, Message(role="user", content=text)])
+
+
+def require_file_name(flag: str, path: Path) -> None:
+    """Refuse a path at which no file could be written, before all the work."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        found = "a folder" if path.is_dir() else "no folder to write it in"
+        raise ConfigError(f"{flag}: {path}: found {found}, wanted the name of a file")
 
 
 def require_stdin() -> None:

@@ -1,4 +1,4 @@
-"""``mortice run``: one prompt, one answer."""
+"""``mortice run``: one prompt, one answer; or many from a file, see `run_many`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 from attrs import evolve
 from cyclopts import Parameter
 
-from mortice.core.cli.answer import Answer, check_prompt, give_answer, read_stdin
+from mortice.core.cli.answer import (
+    Answer,
+    check_prompt,
+    give_answer,
+    prompt_encoder,
+    read_stdin,
+    require_chat,
+    require_file_name,
+)
 from mortice.core.cli.flags import (
     ConfigFlags,
     ConfigOrModel,
@@ -24,6 +32,7 @@ from mortice.core.cli.flags import (
     settings,
 )
 from mortice.core.cli.render import Screen
+from mortice.core.cli.run_many import run_many
 from mortice.core.cli.stages import note_model, planned, resident
 from mortice.core.errors import ConfigError
 
@@ -44,24 +53,42 @@ def run(
     record: Annotated[
         Path | None, Parameter(help="Write all that decided the answer into this JSON file, for mortice replay.")
     ] = None,
+    jsonl: Annotated[
+        Path | None,
+        Parameter(
+            help="Answer many prompts at once: one JSON object a line in this file, - for standard input, with prompt, "
+            "and if wanted id and any sampling or generation key.",
+            allow_leading_hyphen=True,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, Parameter(help="Write the results of --jsonl into this file, not on standard output.")
+    ] = None,
     generation: GenerationFlags | None = None,
     executor: ExecutorFlags | None = None,
     plugins: PluginFlags | None = None,
     any_key: ConfigFlags | None = None,
-    output: OutputFlags | None = None,
+    talk: OutputFlags | None = None,
 ) -> int:
-    """Answer one prompt with a model.
+    """Answer one prompt with a model, or many at once.
 
     The answer is streamed to standard output; what was found out about the file, the memory needed, the upload and
     the speed go to standard error.
 
     """
-    output = output or OutputFlags()
-    screen = Screen(json=output.json, quiet=output.quiet)
+    talk = talk or OutputFlags()
+    screen = Screen(json=talk.json, quiet=talk.quiet)
     config, model = config_or_model(config, model)
     chosen = settings(config, model, prompt, generation, executor, plugins, any_key).config
+    if jsonl is not None:
+        _require_alone(prompt, record, talk)
+        _require_given(chosen, prompt=False)
+        return run_many(screen, chosen, jsonl, output)
+    if output is not None:
+        raise ConfigError("--output: only the results of --jsonl go to a file; pass --jsonl too, or leave it out")
     _require_given(chosen)
-    _require_folder(record)
+    if record is not None:
+        require_file_name("--record", record)
     text = _prompt_text(chosen.prompt)
     sampling = chosen.sampling.seeded()
     chosen = evolve(chosen, prompt=evolve(chosen.prompt, text=text), sampling=sampling)
@@ -94,12 +121,22 @@ def run(
     return 0
 
 
-def _require_given(config: RunConfig) -> None:
-    """Refuse a run without model or prompt, naming both where both are missing."""
+def _require_alone(prompt: PromptFlags | None, record: Path | None, talk: OutputFlags) -> None:
+    """Refuse flags that make no sense beside a file of prompts."""
+    if prompt is not None and prompt.prompt_text is not None:
+        raise ConfigError("--prompt: --jsonl gives the prompts; pass one of the two")
+    if record is not None:
+        raise ConfigError("--record: keeps the run of one prompt; leave it or --jsonl out")
+    if talk.json:
+        raise ConfigError("--json: the results of --jsonl are JSON already, an object a line; leave it out")
+
+
+def _require_given(config: RunConfig, *, prompt: bool = True) -> None:
+    """Refuse a run without model or, where one is needed, prompt, naming both where both are missing."""
     missing = []
     if config.model.path is None:
         missing.append(("model.path: no model given", "--model FILE"))
-    if config.prompt.text is None:
+    if prompt and config.prompt.text is None:
         missing.append(("prompt.text: no prompt given", "--prompt TEXT"))
     if missing:
         what, flags = zip(*missing, strict=True)
@@ -109,18 +146,10 @@ def _require_given(config: RunConfig) -> None:
 
 def _prompt_text(prompt: PromptConfig) -> str:
     assert prompt.text is not None, "it has been checked"
-    if prompt.system is not None and not prompt.chat:
-        raise ConfigError("prompt.system: only a chat has a system message; pass --chat too, or leave it out")
+    require_chat(prompt)
     if prompt.text != "-":
         return prompt.text
     return read_stdin().removesuffix("\n").removesuffix("\r")
-
-
-def _require_folder(record: Path | None) -> None:
-    """Refuse a record that could not be written, before all the work."""
-    if record is not None and (record.is_dir() or not record.absolute().parent.is_dir()):
-        found = "a folder" if record.is_dir() else "no folder to write it in"
-        raise ConfigError(f"--record: {record}: found {found}, wanted the name of a file")
 
 
 @contextmanager
@@ -155,16 +184,5 @@ def _write_record(
 def prompt_ids(pipeline: Pipeline, prompt: PromptConfig) -> list[int]:
     """Token ids of what is asked, through the chat template where the prompt is one of a chat."""
     assert prompt.text is not None, "it has been checked"
-    tokenizer, text = pipeline.tokenizer, prompt.text
-    if not prompt.chat:
-        return tokenizer.encode(text)
-    from mortice.core.text.chat import ChatTemplate, Message, encode_chat
-
-    messages = [Message(role="user", content=text)]
-    if prompt.system is not None:
-        messages.insert(0, Message(role="system", content=prompt.system))
-    template = ChatTemplate.from_metadata(pipeline.model.file.metadata, tokenizer)
-    try:
-        return encode_chat(tokenizer, template, messages)
-    finally:
-        template.close()
+    with prompt_encoder(pipeline, prompt) as encode:
+        return encode(prompt.text)

@@ -1,4 +1,4 @@
-"""The generated parts of the reference pages. ``python -m tests.docs.reference`` (with ``.``) writes them anew."""
+"""The generated parts of the pages. ``python -m tests.docs.reference`` (with ``.``) writes them anew."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from cyclopts import App
 
 from mortice.core.cli.config_text import markdown
 from mortice.core.cli.main import make_app
+from tests.docs.modules import ARCHITECTURE_PAGE, architecture_page
 
 __all__ = ["CLI_PAGE", "CONFIG_PAGE", "cli_page", "commands", "config_page", "flags_of"]
 
@@ -72,3 +73,4 @@ def _tables() -> str:
 if __name__ == "__main__":
     CONFIG_PAGE.write_text(config_page(), encoding="utf-8")
     CLI_PAGE.write_text(cli_page(CLI_PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    ARCHITECTURE_PAGE.write_text(architecture_page(ARCHITECTURE_PAGE.read_text(encoding="utf-8")), encoding="utf-8")

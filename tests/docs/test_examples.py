@@ -20,9 +20,10 @@ import pytest
 from attrs import frozen
 
 from mortice.core.cli.main import main
+from mortice.core.stages import open_file
 from tests.support.hf_folders import write_folder
 from tests.support.models import smollm2_path
-from tests.support.tiny import REGISTRY, open_file
+from tests.support.tiny import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -30,15 +31,21 @@ PAGES = [
     "docs/how-to/add-a-loader.md",
     "docs/how-to/add-an-architecture.md",
     "docs/how-to/add-an-executor.md",
+    "docs/how-to/add-an-upload-strategy.md",
     "docs/how-to/derive-a-contract.md",
+    "docs/how-to/measure-speed.md",
     "docs/how-to/reproduce-a-run.md",
     "docs/how-to/run-a-hugging-face-folder.md",
     "docs/how-to/run-from-a-config.md",
+    "docs/how-to/run-many-prompts.md",
     "docs/how-to/test-a-plugin.md",
     "docs/how-to/validate-before-deployment.md",
     "docs/reference/cli.md",
+    "docs/reference/hooks.md",
     "docs/reference/python-api.md",
 ]
+RUN_AS_PACKAGES = ["docs/how-to/write-a-plugin.md", "docs/tutorial/first-plugin.md"]
+"""Pages whose files are a package, which tests elsewhere install and run."""
 RUN = ("python", "toml", "console")
 HF_FOLDER = "SmolLM2-135M-Instruct"
 """The model as a folder, where a page speaks of it."""
@@ -107,6 +114,12 @@ def check_console(text: str, where: str) -> None:
 def test_an_example_that_prints_something_else_is_noticed(folder: Path) -> None:
     with pytest.raises(AssertionError, match="the page says"):
         check_console("$ mortice --version\nno such version\n", "here")
+
+
+def test_every_page_with_examples_is_run() -> None:
+    pages = [path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))]
+    found = {page for page in pages if any(block.language == "python" for block in blocks(page))}
+    assert found - {*PAGES, *RUN_AS_PACKAGES} == set()
 
 
 def test_every_page_but_the_readme_has_examples() -> None:

@@ -63,7 +63,11 @@ FLOORS = (  # from the ground up
     ),
     Floor("manager", ("core/plugin/manager.py",), "finds and loads plugins; no plugin may know that it exists"),
     Floor("registry", ("core/plugin/resolution.py", "core/plugin/registry.py"), "asks the loaded plugins, with types"),
-    Floor("flow", ("core/stages.py", "core/session.py", "core/pipeline.py"), "the only place that sees the whole flow"),
+    Floor(
+        "flow",
+        ("core/stages.py", "core/session.py", "core/batch.py", "core/pipeline.py"),
+        "the only place that sees the whole flow",
+    ),
     Floor("record", ("core/record.py",), "what a run was, to repeat it"),
     Floor("validation", ("core/validation/*",), "validates many models, reads their data, and writes reports"),
     Floor("testing", ("core/testing/*",), "the kit for plugin authors runs whole pipelines"),
