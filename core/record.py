@@ -10,8 +10,11 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +77,7 @@ class Environment:
                 continue
         for record in pipeline.registry.manager.records.values():
             if record.status == "active":
-                program[f"plugin {record.name}"] = f"{record.distribution} {record.version}".strip()
+                program[f"plugin {record.name}"] = _versioned(record.distribution, record.version)
         device, settings = pipeline.fit.device, pipeline.settings
         contract = pipeline.model.contract
         runtime = pipeline.runtime
@@ -116,6 +119,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, frozenset | set):
         return sorted(map(str, value))
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _versioned(distribution: str, version: str) -> str:
+    return distribution if distribution.endswith(f" {version}") else f"{distribution} {version}".strip()
 
 
 def _short(text: str) -> str:
@@ -187,14 +194,19 @@ class RunRecord:
         config["model"]["path"] = self.config.model.path and self.config.model.path.absolute()
         config["model"]["contract"] = self.config.model.contract and self.config.model.contract.absolute()
         document = {"record": _KIND, "version": _VERSION, **asdict(self), "config": config}
-        part = path.with_name(f".{path.name}.part")
+        target = path.resolve()
+        part = target.with_name(f".mortice-{secrets.token_hex(8)}.part")
         try:
-            part.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
-            part.replace(path)
+            if target.exists() and not target.is_file():
+                raise InputError(f"{path}: cannot be written: it is no file")
+            with part.open("x", encoding="utf-8") as stream:
+                stream.write(json.dumps(document, indent=1, default=str) + "\n")
+            part.replace(target)
         except OSError as error:
             raise InputError(f"{path}: cannot be written: {error.strerror}") from None
         finally:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
 
     def require_files(self, found: Sequence[FileHash], folder: Path) -> None:
         """Refuse a model that is not the recorded one.
@@ -232,14 +244,15 @@ def read_record(path: Path) -> RunRecord:
             if size > _MAX_BYTES:
                 raise InputError(f"{path}: found {size} bytes, wanted a record of at most {_MAX_BYTES}")
             data = stream.read(size)
-        document = json.loads(data.decode("utf-8"))
+        document = json.loads(data.decode("utf-8"), object_pairs_hook=_once)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from None
     if not isinstance(document, dict) or document.pop("record", None) != _KIND:
         raise InputError(f"{path}: is no record of a run; mortice run --record writes one")
-    if (version := document.pop("version", None)) != _VERSION:
+    version = document.pop("version", None)
+    if version != _VERSION or isinstance(version, bool):
         raise InputError(f"{path}: found version {version!r} of the record, wanted {_VERSION}")
     given = document.pop("config", None)
     if not isinstance(given, dict):
@@ -249,7 +262,20 @@ def read_record(path: Path) -> RunRecord:
         parts = make_converter().structure({**document, "config": {}}, RunRecord)
     except (cattrs.BaseValidationError, TypeError, ValueError) as error:
         raise InputError(f"{path}: {'; '.join(mistakes(error, 'record'))}") from None
+    if config.prompt.text is None:
+        raise InputError(f"{path}: config.prompt.text: missing, wanted the prompt that was run")
+    for position, token in enumerate(parts.tokens):
+        if not isfinite(token.logprob):
+            raise InputError(f"{path}: tokens: {position}: logprob: found {token.logprob}, wanted a finite number")
     return evolve(parts, config=config)
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return table
 
 
 @frozen(kw_only=True)

@@ -18,6 +18,7 @@ from mortice.core.cli.answer import (
     read_stdin,
     require_chat,
     require_file_name,
+    require_no_model_file,
 )
 from mortice.core.cli.flags import (
     ConfigFlags,
@@ -88,12 +89,14 @@ def run(
         raise ConfigError("--output: only the results of --jsonl go to a file; pass --jsonl too, or leave it out")
     _require_given(chosen)
     if record is not None:
-        require_file_name("--record", record)
+        require_file_name("--record", record, replaced=True)
     text = _prompt_text(chosen.prompt)
     sampling = chosen.sampling.seeded()
     chosen = evolve(chosen, prompt=evolve(chosen.prompt, text=text), sampling=sampling)
     with planned(screen, chosen) as pipeline:
         note_model(screen, pipeline)
+        if record is not None:
+            require_no_model_file("--record", record, pipeline.model.file.files)
         pipeline.fit.require()
         ids = prompt_ids(pipeline, chosen.prompt)
         check_prompt(pipeline, ids)

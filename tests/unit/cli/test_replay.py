@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,3 +230,65 @@ def test_a_file_that_is_no_json_is_refused(data: bytes, mortice: Mortice, tmp_pa
     (tmp_path / "run.json").write_bytes(data)
     ran = mortice("replay", tmp_path / "run.json")
     assert (ran.code, ran.err.count("\n")) == (2, 1)
+
+
+def test_a_record_is_never_written_over_the_model(mortice: Mortice, tiny: Path, tmp_path: Path) -> None:
+    before = tiny.read_bytes()
+    link = tmp_path / "link.json"
+    link.symlink_to(tiny)
+    for path in (tiny, link):
+        ran = mortice("run", "-m", tiny, *ASKED, "--record", path)
+        assert ran.code == 2
+        assert "is a file of the model" in ran.err
+    assert tiny.read_bytes() == before
+
+
+def test_what_is_no_file_is_not_replaced_by_a_record(mortice: Mortice, tiny: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    ran = mortice("run", "-m", tiny, *ASKED, "--record", pipe)
+    assert (ran.code, pipe.is_fifo()) == (2, True)
+    assert "a device, a pipe or a socket" in ran.err
+    ran = mortice("run", "-m", tiny, *ASKED, "--record", tmp_path / ("n" * 300))
+    assert ran.code == 2
+    assert "File name too long" in ran.err
+
+
+def test_a_link_to_a_record_stays_a_link_and_neighbours_stay(mortice: Mortice, tiny: Path, tmp_path: Path) -> None:
+    target, link, neighbour = tmp_path / "kept.json", tmp_path / "link.json", tmp_path / ".link.json.part"
+    link.symlink_to(target)
+    neighbour.write_text("mine")
+    assert mortice("run", "-m", tiny, *ASKED, "--record", link).code == 0
+    assert link.is_symlink()
+    assert read_record(target).tokens
+    assert neighbour.read_text() == "mine"
+    assert not list(tmp_path.glob(".mortice-*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda it: it.update(version=True), "found version True"),
+        (lambda it: it["config"].update(prompt={}), "config.prompt.text: missing"),
+        (lambda it: it["tokens"][3].update(logprob=float("nan")), "found nan, wanted a finite number"),
+    ],
+    ids=["a version that is no number", "no prompt", "a logprob that is none"],
+)
+def test_an_edited_record_is_refused_and_not_called_different(
+    mortice: Mortice, record: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    ran = mortice("replay", changed(record, change))
+    assert ran.code == 2
+    assert message in ran.err
+
+
+def test_a_record_with_a_key_twice_or_a_number_beyond_all_is_refused(mortice: Mortice, record: Path) -> None:
+    text = record.read_text()
+    for before, after, message in (
+        ('"version": 1', '"version": 1, "version": 1', "stands there twice"),
+        ('"logprob": -', '"logprob": 1e400, "was": -', "was"),
+    ):
+        record.write_text(text.replace(before, after, 1))
+        ran = mortice("replay", record)
+        assert ran.code == 2
+        assert message in ran.err
