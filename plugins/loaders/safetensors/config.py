@@ -30,24 +30,34 @@ class Family:
         architecture: its ``general.architecture``.
         adjacent_rope: GGUF files of it have the rows of Q and K in the order that suits RoPE on adjacent pairs.
         head_dim: the class's own default; None divides the hidden size by the heads.
+        bias_keys: the keys of ``config.json`` that give modules a bias; a class that always has some needs none.
 
     """
 
     architecture: str
     adjacent_rope: bool = False
     head_dim: int | None = None
+    bias_keys: tuple[str, ...] = ()
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        "LlamaForCausalLM": Family(architecture="llama", adjacent_rope=True),
+        "LlamaForCausalLM": Family(architecture="llama", adjacent_rope=True, bias_keys=("attention_bias", "mlp_bias")),
         "Qwen2ForCausalLM": Family(architecture="qwen2"),
-        "Qwen3ForCausalLM": Family(architecture="qwen3", head_dim=128),
+        "Qwen3ForCausalLM": Family(architecture="qwen3", head_dim=128, bias_keys=("attention_bias",)),
     }
 )
 """By the name in ``architectures``."""
 
 MAX_VOCABULARY = 1 << 21
+
+_BIASED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "attention_bias": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+        "mlp_bias": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    }
+)
+"""The modules of a layer that have a bias where a key is true."""
 
 
 @frozen(eq=False, kw_only=True)
@@ -57,21 +67,25 @@ class Hyperparameters:
     Attributes:
         family: the model class.
         keys: GGUF's keys, ``general.architecture`` first.
+        num_layers: layers of the model.
         num_heads: of Q.
         num_kv_heads: of K and V.
         vocab_size: rows of the embedding.
         tied: the head is the embedding; None where the file does not say.
         rope_freqs: factors on RoPE's wavelengths, float32, which a GGUF file has as a tensor; None for none.
+        biased: by the key that says so, the modules that have to have a bias in each layer.
 
     """
 
     family: Family
     keys: Mapping[str, MetadataValue] = field(repr=False)
+    num_layers: int
     num_heads: int
     num_kv_heads: int
     vocab_size: int
     tied: bool | None
     rope_freqs: NDArray[np.float32] | None
+    biased: Mapping[str, tuple[str, ...]]
 
 
 def read_config(config: Json) -> Hyperparameters:
@@ -111,11 +125,13 @@ def read_config(config: Json) -> Hyperparameters:
     return Hyperparameters(
         family=family,
         keys=keys,
+        num_layers=config.integer("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=config.integer("num_key_value_heads", heads),
         vocab_size=vocab_size,
         tied=config.boolean("tie_word_embeddings", default=False) if config.has("tie_word_embeddings") else None,
         rope_freqs=rope_freqs,
+        biased={key: _BIASED[key] for key in family.bias_keys if config.boolean(key, default=False)},
     )
 
 
@@ -149,7 +165,7 @@ def _refuse_what_cannot_be_said(config: Json) -> None:
 
 def _rope(config: Json, head_dim: int) -> tuple[dict[str, MetadataValue], NDArray[np.float32] | None]:
     """The keys of RoPE's base and scaling, and Llama 3's factors, which are a tensor in GGUF."""
-    parameters = config.object("rope_parameters") or config.object("rope_scaling")
+    parameters = _rope_parameters(config)
     base = config.number("rope_theta", parameters.number("rope_theta", 10000.0) if parameters else 10000.0)
     values: dict[str, MetadataValue] = {"rope.freq_base": _float32(base)}
     if parameters is None:
@@ -171,6 +187,23 @@ def _rope(config: Json, head_dim: int) -> tuple[dict[str, MetadataValue], NDArra
         values["rope.scaling.yarn_beta_fast"] = parameters.number("beta_fast", 32.0)
         values["rope.scaling.yarn_beta_slow"] = parameters.number("beta_slow", 1.0)
     return values, None
+
+
+def _rope_parameters(config: Json) -> Json | None:
+    """RoPE's parameters; where they are given for each type of layer, those that all types share."""
+    name = "rope_parameters" if config.object("rope_parameters") else "rope_scaling"
+    parameters = config.object(name)
+    if parameters is None:
+        return None
+    given = {kind: value for kind, value in parameters.values.items() if value is not None}
+    if not any(isinstance(value, dict) for value in given.values()):
+        return parameters
+    first, *others = given
+    for kind in others:
+        if given[kind] != given[first]:
+            found = f"found {quoted(given[first])} for {quoted(first)}, {quoted(given[kind])} for {quoted(kind)}"
+            raise config.error(name, found, "the same for all types of layers")
+    return parameters.object(first)
 
 
 def _float32(value: float) -> float:

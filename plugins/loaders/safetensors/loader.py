@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 
@@ -31,6 +32,8 @@ _CONFIG = "config.json"
 _TOKENIZER = "tokenizer.json"
 _FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}
 """Values of ``general.file_type`` (``llama_ftype`` in llama.h)."""
+_NAMED = 4
+"""Most missing tensors that a message names."""
 
 
 @frozen
@@ -67,6 +70,7 @@ def open_folder(path: Path, options: LoadOptions) -> ModelFile | None:
     folder = _folder(path)
     if folder is None:
         return None
+    _require_config(folder, path)
     config = read_json(folder / _CONFIG)
     found = read_config(config)
     special = SpecialFiles.of(folder, config)
@@ -104,6 +108,14 @@ def _folder(path: Path) -> Path | None:
     return path.parent if path.suffix.lower() == ".safetensors" or path.name == INDEX else None
 
 
+def _require_config(folder: Path, path: Path) -> None:
+    """Refuse weights without a config in words that tell what a folder has to have."""
+    if (folder / _CONFIG).exists():
+        return
+    weights = path.name if path != folder else SINGLE if (folder / SINGLE).exists() else INDEX
+    raise ModelFileError(folder, f"{_CONFIG} is missing beside {weights}")
+
+
 def _open_part(path: Path, stack: ExitStack) -> _Part:
     """Map a file and read its header; the mapping is closed with `stack`."""
     mapped = map_file(path, "a safetensors file", stack)
@@ -134,7 +146,19 @@ def _chosen(
             chosen[name] = _Chosen(part, entry, heads)
     if found.tied is False and "output.weight" not in chosen:
         raise ModelFileError(folder / _CONFIG, "tie_word_embeddings is false, but no tensor 'lm_head.weight' is there")
+    _require_biases(chosen, found, folder / _CONFIG)
     return chosen
+
+
+def _require_biases(chosen: Mapping[str, _Chosen], found: Hyperparameters, config: Path) -> None:
+    """Refuse a model that lost biases: contracts have them as optional, only the config tells that they were there."""
+    for key, modules in found.biased.items():
+        wanted = (f"model.layers.{layer}.{module}.bias" for layer in range(found.num_layers) for module in modules)
+        # the number of layers is the file's word: no more is looked for than the message names
+        missing = list(islice((name for name in wanted if gguf_name(name) not in chosen), _NAMED + 1))
+        if missing:
+            names = ", ".join(map(quoted, missing[:_NAMED])) + (", …" if len(missing) > _NAMED else "")
+            raise ModelFileError(config, f"{key} is true, but these tensors are in no file: {names}")
 
 
 def _unread(path: Path, entry: Entry, reason: str) -> Finding:

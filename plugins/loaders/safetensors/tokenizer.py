@@ -132,7 +132,7 @@ def _looks_special(text: str) -> bool:
 
 def _merges(model: Json) -> list[str]:
     """The merges as texts with a space between, whether they are written so or as pairs."""
-    merges = model.sequence("merges", ())
+    merges = model.sequence("merges")
     kinds = set(map(type, merges))
     if kinds <= {str}:
         return list(merges)

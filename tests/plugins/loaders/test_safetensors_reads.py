@@ -133,6 +133,25 @@ def test_the_biases_of_llama_change_places_with_their_rows(tmp_path: Path) -> No
     assert sorted(found.tolist()) == bias.tolist()
 
 
+def test_biases_that_the_config_has_are_read(tmp_path: Path) -> None:
+    _, hf = both(tmp_path)
+    hf.close()
+    folder = tmp_path / "hf"
+    biases = {f"model.layers.0.self_attn.{module}_proj.bias": ("F32", (64,), bytes(256)) for module in "qkvo"}
+    (folder / "model.safetensors").write_bytes(safetensors_bytes(biases))
+    with opened(change_config(folder, tie_word_embeddings=True, attention_bias=True, num_hidden_layers=1)) as model:
+        assert {f"blk.0.attn_{role}.bias" for role in ("q", "k", "v", "output")} <= model.tensors.keys()
+
+
+@pytest.mark.parametrize("bias", [None, True])
+def test_qwen2_has_the_biases_of_its_class_whatever_the_config_says(bias: bool | None, tmp_path: Path) -> None:
+    gguf, hf = both(tmp_path, "qwen2")
+    hf.close()
+    with gguf, opened(change_config(tmp_path / "hf", attention_bias=bias)) as model:
+        assert "blk.0.attn_v.bias" in model.tensors
+        assert model.tensors.keys() == gguf.tensors.keys()
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "model-00002-of-00002.safetensors"])
 def test_a_file_of_the_folder_opens_the_whole(name: str, tmp_path: Path) -> None:
     gguf, hf = both(tmp_path, shards=1 if name == "model.safetensors" else 2)
@@ -236,8 +255,19 @@ def test_a_qwen3_without_head_dim_has_128(tmp_path: Path) -> None:
     [
         {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}},
         {"rope_theta": None, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}},
+        {
+            "rope_theta": None,
+            "rope_parameters": {
+                kind: {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}
+                for kind in ("full_attention", "sliding_attention")
+            },
+        },
+        {
+            "rope_theta": None,
+            "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}},
+        },
     ],
-    ids=["version 4", "version 5"],
+    ids=["version 4", "version 5", "version 5, two types of layers", "version 5, one type of layers"],
 )
 def test_linear_scaling_is_read_as_either_version_of_transformers_writes_it(
     changes: dict[str, Any], folder: Path

@@ -211,6 +211,50 @@ def test_a_named_pipe_is_refused_and_not_waited_for(folder: Path) -> None:
         (folder / name).write_bytes(kept)
 
 
+@pytest.mark.parametrize("name", ["e.safetensors", "model.safetensors"])
+def test_weights_without_a_config_are_refused_by_saying_so(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(ModelFileError) as caught:
+        open_folder(tmp_path / name, LoadOptions())
+    assert str(caught.value) == f"{tmp_path}: config.json is missing beside {name}"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_folder_of_weights_without_a_config_is_refused_by_saying_so(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    refused(tmp_path, "", f"config.json is missing beside {name}")
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "named"),
+    [
+        ("llama", "attention_bias", "self_attn.q_proj.bias"),
+        ("llama", "mlp_bias", "mlp.gate_proj.bias"),
+        ("qwen3", "attention_bias", "self_attn.q_proj.bias"),
+    ],
+)
+def test_biases_that_the_config_has_and_no_file_are_refused_by_name(
+    family: str, key: str, named: str, tmp_path: Path
+) -> None:
+    with open_file(REGISTRY, tiny(tmp_path, family)) as file:
+        folder = write_folder(tmp_path / "hf", file)
+    changed(folder, "config.json", lambda value: value.update({key: True}))
+    refused(folder, "config.json", f"{key} is true, but these tensors are in no file: 'model.layers.0.{named}', ")
+
+
+def test_one_lost_bias_is_the_only_one_named(folder: Path) -> None:
+    vector = ("F32", (64,), bytes(256))
+    biases = {f"model.layers.0.self_attn.{module}_proj.bias": vector for module in "qko"}
+    (folder / "model.safetensors").write_bytes(safetensors_bytes({"lm_head.weight": vector} | biases))
+    changed(folder, "config.json", lambda value: value.update(attention_bias=True, num_hidden_layers=1))
+    refused(folder, "config.json", "in no file: 'model.layers.0.self_attn.v_proj.bias'")
+
+
+def test_a_huge_number_of_layers_does_not_make_a_long_search_for_biases(folder: Path) -> None:
+    changed(folder, "config.json", lambda value: value.update(attention_bias=True, num_hidden_layers=2**31 - 1))
+    refused(folder, "config.json", "'model.layers.0.self_attn.o_proj.bias', …")
+
+
 @pytest.mark.parametrize("dtype", ["I32", "F64", "F8_E4M3"])
 def test_weights_of_another_type_are_refused(dtype: str, folder: Path) -> None:
     size = limits.DTYPE_BYTES[dtype]
@@ -246,6 +290,15 @@ def test_two_tensors_that_become_one_are_refused(folder: Path) -> None:
         ({"rope_scaling": 7}, "rope_scaling: found 7, wanted an object"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_scaling.low_freq_factor: missing"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "mscale": 1.0}}, "rope_scaling.mscale: found 1.0"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1}, "sliding_attention": {"rope_theta": 2}}},
+            "rope_parameters: found {'rope_theta': 1} for 'full_attention', {'rope_theta': 2} for 'sliding_attention'",
+        ),
+        (
+            {"rope_scaling": {"rope_theta": 1, "full_attention": {"rope_theta": 1}}},
+            "for 'full_attention', wanted the same for all types of layers",
+        ),
+        ({"attention_bias": "yes"}, "attention_bias: found 'yes', wanted true or false"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings is false, but no tensor 'lm_head.weight'"),
     ],
 )
@@ -302,6 +355,8 @@ def test_whatever_is_changed_a_folder_opens_or_is_refused_with_one_line(
         (lambda it: it["model"]["vocab"].update(xyz=3), "for token 3, wanted one text for each id"),
         (lambda it: it["model"]["vocab"].update(xyz=2**40), "model.vocab: found token ids 0 to 1099511627776"),
         (lambda it: it["model"]["vocab"].update(xyz=-1), "model.vocab: found token ids -1 to"),
+        (lambda it: it["model"].update(merges=None), "model.merges: missing, wanted an array"),
+        (lambda it: it["model"].pop("merges"), "model.merges: missing, wanted an array"),
         (lambda it: it["model"].update(merges=["a b", 3]), "model.merges[1]: found 3, wanted two texts"),
         (lambda it: it["model"].update(merges=["a b", ["a", "b"]]), "model.merges: found texts and pairs"),
         (lambda it: it["model"].update(merges=[["a b", "c"]]), "wanted two texts without a space"),
