@@ -20,6 +20,9 @@ __all__ = ["PluginName", "list_plugins", "record_of", "refusals", "show_plugin",
 
 PluginName = Annotated[str, Parameter(help="A plugin, as `mortice plugins list` names it.")]
 
+_MOST_SHOWN = 64
+"""Characters of a name that no plugin has."""
+
 
 def list_plugins(
     config: ConfigFile = None,
@@ -114,7 +117,8 @@ def record_of(registry: Registry, name: str) -> PluginRecord:
     """A plugin's record; ConfigError names those there are."""
     record = registry.manager.records.get(name)
     if record is None:
-        raise ConfigError(f"plugins: no plugin {name!r}; have {', '.join(sorted(registry.manager.records))}")
+        shown = name if len(name) <= _MOST_SHOWN else name[:_MOST_SHOWN] + "…"
+        raise ConfigError(f"plugins: no plugin {shown!r}; have {', '.join(sorted(registry.manager.records))}")
     return record
 
 

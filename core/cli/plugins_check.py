@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -12,6 +12,9 @@ from mortice.core.cli.flags import ConfigFile, ConfigFlags, OutputFlags, PluginF
 from mortice.core.cli.plugins import PluginName, record_of, surveyed
 from mortice.core.cli.render import Screen, printable
 from mortice.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mortice.core.plugin.registry import Registry
 
 __all__ = ["check_plugin"]
 
@@ -43,7 +46,7 @@ def check_plugin(
             {"about": "plugin", "check": "it takes part", "status": "failed", "message": record.error, "seconds": 0.0}
         ]
     else:
-        found = _checked(registry, name, sample, screen)
+        found = [*_conflicts(registry, name), *_checked(registry, name, sample, screen)]
     counts = Counter(check["status"] for check in found)
     screen.result({"plugin": name, "passed": not counts["failed"], "checks": found})
     for status in ("skipped", "failed"):
@@ -53,7 +56,7 @@ def check_plugin(
     return 2 if counts["failed"] else 0
 
 
-def _checked(registry: Any, name: str, sample: Path | None, screen: Screen) -> list[dict[str, Any]]:
+def _checked(registry: Registry, name: str, sample: Path | None, screen: Screen) -> list[dict[str, Any]]:
     from mortice.core.testing.plugin_suite import suites_of
     from mortice.core.testing.suite import outcomes
 
@@ -71,6 +74,21 @@ def _checked(registry: Any, name: str, sample: Path | None, screen: Screen) -> l
             for outcome in outcomes(suite)
         ]
     return found
+
+
+def _conflicts(registry: Registry, name: str) -> list[dict[str, Any]]:
+    """A failed check for each thing that another plugin gives, too: every run is refused until one is chosen."""
+    return [
+        {
+            "about": "plugin",
+            "check": "no other plugin gives the same",
+            "status": "failed",
+            "message": conflict.message,
+            "seconds": 0.0,
+        }
+        for conflict in registry.conflicts
+        if name in conflict.plugins
+    ]
 
 
 def _lines(checks: list[dict[str, Any]]) -> list[str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from mortice.core.cli.flags import OutputFlags
-from mortice.core.cli.render import Screen
+from mortice.core.cli.render import Screen, printable
 
 __all__ = ["new_plugin"]
 
@@ -32,7 +34,19 @@ def new_plugin(
     target = write_package(name, kind, folder)
     files = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
     screen.result({"folder": target, "kind": kind, "files": files})
-    screen.say(f"wrote {target}: {', '.join(files)}")
+    screen.say(printable(f"wrote {target}: {', '.join(files)}"))
     if not output.quiet:
-        screen.say(f"next: cd {target}; python -m pip install -e '.[test]'; pytest; mortice plugins check {name}")
+        sample = f" --sample FILE.{name.replace('-', '_')}" if kind == "loader" else ""
+        steps = f"python -m pip install -e '.[test]'; pytest; mortice plugins check {name}{sample}"
+        screen.say(f"next: cd {_shell_word(target)}; {steps}")
     return 0
+
+
+def _shell_word(path: Path) -> str:
+    """A path as a shell reads it, in one line: ``$'…'`` for one that cannot be printed."""
+    text = str(path)
+    text = f"./{text}" if text.startswith("-") else text
+    if text.isprintable():
+        return shlex.quote(text)
+    escaped = (chr(code) if 32 <= code < 127 and code not in b"\\'" else f"\\{code:03o}" for code in os.fsencode(text))
+    return f"$'{''.join(escaped)}'"

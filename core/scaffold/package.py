@@ -7,6 +7,7 @@ with ``MODULE`` for the module's name. In its text ``$name`` and the other names
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import keyword
 import os
 import re
@@ -14,7 +15,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Iterator
-from importlib import resources
+from importlib import metadata, resources
 from importlib.resources.abc import Traversable
 from pathlib import Path, PurePosixPath
 from string import Template
@@ -25,6 +26,7 @@ from attrs import asdict, frozen
 from mortice.core.errors import ConfigError
 from mortice.core.plugin.hookspecs import CONTRACT_VERSION
 from mortice.core.plugin.manager import BUILTIN_PLUGINS, builtin_name
+from mortice.core.plugin.registry import Registry, survey
 from mortice.core.version import __version__
 
 __all__ = ["KINDS", "Kind", "Names", "names_for", "write_package"]
@@ -35,6 +37,9 @@ KINDS: tuple[str, ...] = get_args(Kind)
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _MOST_LETTERS = 40
+_PARTS_OF_MORTICE = frozenset({"mortice", "mortice_core", "mortice_plugins", "mortice_arch_contracts"})
+_USED_BY_A_PACKAGE = frozenset({"src", "conftest", "test", "tests", "hatchling", "pip", "pytest", "setuptools"})
+_RESERVED = _PARTS_OF_MORTICE | _USED_BY_A_PACKAGE
 _FIRST_ID, _IDS = 1000, 1_000_000  # far from GGML's own
 
 
@@ -71,12 +76,16 @@ def names_for(name: str) -> Names:
     """
     if not _NAME.fullmatch(name) or len(name) > _MOST_LETTERS:
         wanted = "lower-case words of letters and digits joined by single hyphens, 40 characters at most"
-        raise ConfigError(f"name: found {name!r}, wanted {wanted}, such as acme-ternary")
+        found = name if len(name) <= _MOST_LETTERS else name[:_MOST_LETTERS] + "…"
+        raise ConfigError(f"name: found {found!r}, wanted {wanted}, such as acme-ternary")
     module = name.replace("-", "_")
     if name in map(builtin_name, BUILTIN_PLUGINS):
         raise ConfigError(f"name: {name!r} is the name of a built-in plugin")
-    if keyword.iskeyword(module) or module in sys.stdlib_module_names or module in ("mortice", "tests", "test"):
+    if keyword.iskeyword(module) or module in _RESERVED or module.startswith("test_") or _is_importable(module):
         raise ConfigError(f"name: {name!r}: import {module} means something else already; take another name")
+    version = _installed_version(name)
+    if version is not None:
+        raise ConfigError(f"name: {name!r}: a package of that name is installed, version {version}; take another name")
     return Names(
         name=name,
         module=module,
@@ -86,6 +95,43 @@ def names_for(name: str) -> Names:
     )
 
 
+def _is_importable(module: str) -> bool:
+    try:
+        return module in sys.stdlib_module_names or importlib.util.find_spec(module) is not None
+    except ValueError:  # imported, and without a record of where from
+        return True
+
+
+def _installed_version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _refuse_what_is_given(names: Names, kind: str, registry: Registry) -> None:
+    """ConfigError when a plugin that is installed has the name, or gives what the new one would give."""
+    manager = registry.manager
+    if names.name in manager.records:
+        raise ConfigError(f"name: {names.name!r} is the name of {manager.origin(names.name)}; take another name")
+    givers: dict[str, tuple[str, ...]] = {conflict.key: conflict.plugins for conflict in registry.conflicts}
+    for what, table in (("contract", registry.contracts), ("qtype", registry.qtypes), ("upload", registry.uploads)):
+        givers |= {f"{what}:{key}": (provided.plugin,) for key, provided in table.items()}
+    givers |= {f"contract:{it.value.name}": (it.plugin,) for it in registry.contracts.values()}
+    for plugin in manager.records:
+        if manager.has(plugin, "mortice_open_model"):
+            givers[f"loader:{plugin.removeprefix('loaders-')}"] = (plugin,)
+    given = "contract" if kind == "arch" else kind
+    key = {"arch": names.module, "qtype": names.upper}.get(kind, names.name)
+    plugins = givers.get(f"{given}:{key}", ())
+    if plugins:
+        origins = " and by ".join(map(manager.origin, plugins))
+        raise ConfigError(f"name: {names.name!r}: {given} {key} is given by {origins} already; take another name")
+    if kind == "qtype" and names.type_id in registry.qtype_table:
+        other = registry.qtype_table[names.type_id].name
+        raise ConfigError(f"name: {names.name!r}: its type id, {names.type_id}, is that of {other}; take another name")
+
+
 def write_package(name: str, kind: str, folder: Path) -> Path:
     """Write a package into a new folder `name` of `folder`.
 
@@ -93,8 +139,8 @@ def write_package(name: str, kind: str, folder: Path) -> Path:
         The new folder.
 
     Raises:
-        ConfigError: for a bad name or kind, when the folder exists already, or when it cannot be written. Nothing is
-            left of what was begun.
+        ConfigError: for a bad name or kind, when an installed plugin gives the same, when the folder exists already,
+            or when it cannot be written. Nothing is left of what was begun.
 
     """
     if kind not in KINDS:
@@ -106,6 +152,7 @@ def write_package(name: str, kind: str, folder: Path) -> Path:
     part = folder / f".{name}.{os.getpid()}.part"
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{target}: is there already, and is not overwritten")
+    _refuse_what_is_given(names, kind, survey())
     try:
         for path, text in _files(names, kind):
             file = part / path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from mortice.core.cli.main import main
 from mortice.core.errors import ConfigError
+from mortice.core.scaffold import package
 from mortice.core.scaffold.package import KINDS, names_for, write_package
 from tests.support.registry import install
 
@@ -32,6 +34,14 @@ def mortice_qtypes():
 """
 RIGHT = GOOD.format(values="rows.copy().view('<f4').reshape(len(rows), rows.shape[1] // 4)")
 WRONG = GOOD.format(values="rows.copy().view('<f4').reshape(len(rows), rows.shape[1] // 4) * len(rows)")
+LLAMA = """
+from mortice.arch_contracts.schema import builtin_contracts
+from mortice.core.plugin.hookspecs import hookimpl
+mortice_contract_version = 1
+@hookimpl
+def mortice_arch_contracts():
+    return [contract for contract in builtin_contracts() if contract.name == "llama"]
+"""
 
 
 @pytest.fixture
@@ -166,6 +176,18 @@ def test_a_plugin_that_is_broken_fails_its_check(plugins: Run, installed: Callab
     assert "failed: plugin: it takes part: RuntimeError: out of anvils" in out
 
 
+def test_what_another_plugin_gives_too_fails_the_check(plugins: Run, installed: Callable[[str], str]) -> None:
+    installed(LLAMA)
+    code, out, _ = plugins("check", "acme")
+    assert code == 2
+    failed = [line for line in out.splitlines() if line.startswith("failed: ")]
+    assert failed[0].startswith(
+        "failed: plugin: no other plugin gives the same: contract:llama is given by plugin archs"
+    )
+    code, out, _ = plugins("check", "acme", "--prefer", "contract:llama=acme")
+    assert (code, "no other plugin gives" in out) == (0, False)
+
+
 def test_a_loader_is_checked_with_a_sample(plugins: Run, tmp_path: Path) -> None:
     code, out, _ = plugins("check", "loaders-gguf")
     assert code == 0, out
@@ -192,13 +214,75 @@ def test_new_writes_a_package_and_never_over_another(plugins: Run, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "name", ["", "Acme", "acme_x", "-acme", "acme--x", "3d", "a/b", "../x", "ä", "json", "class", "mortice", "qtypes"]
+    "name", ["", "Acme", "acme_x", "-acme", "acme--x", "3d", "a/b", "../x", "ä", "json", "class", "qtypes", "a" * 300]
 )
 def test_bad_names_are_refused(name: str, plugins: Run, tmp_path: Path) -> None:
     code, _, err = plugins("new", "--kind", "arch", "--folder", tmp_path, "--", name)
     assert code == 2
     assert err.startswith("mortice: error: ")
+    assert len(err) < 200
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["numpy", "attrs", "pluggy", "gguf", "pytest", "cuda-bindings"])
+def test_the_name_of_an_installed_package_is_refused(name: str, plugins: Run, tmp_path: Path) -> None:
+    code, _, err = plugins("new", name, "--kind", "arch", "--folder", tmp_path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"import {name} means something else" in err or "a package of that name is installed" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["src", "conftest", "tests", "test-plugin", "hatchling", "mortice", "mortice-core"])
+def test_a_name_that_the_package_itself_would_trip_over_is_refused(name: str, plugins: Run, tmp_path: Path) -> None:
+    code, _, err = plugins("new", name, "--kind", "arch", "--folder", tmp_path)
+    assert code == 2
+    assert f"import {name.replace('-', '_')} means something else" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        ("llama", "arch", "contract llama is given by plugin archs (mortice)"),
+        ("q4-k", "qtype", "qtype Q4_K is given by plugin qtypes (mortice)"),
+        ("pinned", "upload", "upload pinned is given by plugin uploads-device (mortice)"),
+        ("safetensors", "loader", "loader safetensors is given by plugin loaders-safetensors (mortice)"),
+    ],
+)
+def test_what_a_plugin_gives_already_is_refused(
+    name: str, kind: str, words: str, monkeypatch: pytest.MonkeyPatch, plugins: Run, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(package, "_is_importable", lambda _: False)  # a package of that name is another reason
+    monkeypatch.setattr(package, "_installed_version", lambda _: None)
+    code, _, err = plugins("new", name, "--kind", kind, "--folder", tmp_path)
+    assert code == 2
+    assert words in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_name_of_an_installed_plugin_is_refused(
+    plugins: Run, installed: Callable[[str], str], tmp_path: Path
+) -> None:
+    installed(RIGHT)
+    code, _, err = plugins("new", "acme", "--kind", "arch", "--folder", tmp_path)
+    assert code == 2
+    assert "'acme' is the name of plugin acme (acme-for-commands 1.0)" in err
+
+
+@pytest.mark.parametrize("folder", ["it's here; $HOME", "two\nlines", "\udcff", "-p"])
+def test_the_next_steps_are_one_line_that_a_shell_takes(
+    folder: str, plugins: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / folder).mkdir()
+    code, out, _ = plugins("new", "acme", "--kind", "loader", f"--folder={folder}")
+    assert code == 0
+    wrote, next_, *rest = out.splitlines()
+    assert (wrote.isprintable(), next_.isprintable(), rest) == (True, True, [])
+    assert next_.endswith("mortice plugins check acme --sample FILE.acme")
+    enter = next_.removeprefix("next: ").removesuffix(next_[next_.index("; python -m pip") :])
+    done = subprocess.run(["bash", "-c", f"{enter} && pwd -P"], cwd=tmp_path, capture_output=True, check=True)
+    assert os.fsdecode(done.stdout.removesuffix(b"\n")) == str((tmp_path / folder / "acme").resolve())
 
 
 def test_a_kind_that_does_not_exist_is_refused(plugins: Run, tmp_path: Path) -> None:
