@@ -128,7 +128,7 @@ class _Stream:
         """The next `count` tokens, as part of a step."""
         assert self.sequence is not None, "it was admitted"
         logits = "last" if count == len(self.to_feed) else "none"
-        return StepPart(sequence=self.sequence, token_ids=self.to_feed[:count], logits=logits)  # type: ignore[arg-type]
+        return StepPart(sequence=self.sequence, token_ids=self.to_feed[:count], logits=logits)  # type: ignore[arg-type]  # one of two literals
 
     def piece(self, logits: NDArray[np.float32]) -> Piece:
         """Choose the next token from the last one's logits, (vocab_size,); it is what is fed next."""

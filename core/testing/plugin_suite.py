@@ -51,7 +51,7 @@ class PluginSuite(Suite):
             skip("the plugin is no module that could be imported")
         before = "sys.path[:] = " + repr(sys.path)
         code = f"import sys; {before}; import {name}; print(*sys.modules)"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)  # noqa: S603
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)  # noqa: S603 (no shell)
         require(done.returncode == 0, f"import {name}: {done.stderr.strip().splitlines()[-1:]}")
         loaded = {module.partition(".")[0] for module in done.stdout.split()}
         wrong = sorted(loaded.intersection(_GPU_PACKAGES))

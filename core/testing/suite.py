@@ -63,7 +63,7 @@ def each(argument: str, cases: Iterable[Any] | Callable[[Any], Iterable[Any]]) -
 
 def needs_gpu(check: Check) -> Check:
     """Say that a check runs on a GPU; pytest gives it the marker ``gpu``."""
-    check.mortice_gpu = True  # type: ignore[attr-defined]
+    check.mortice_gpu = True  # type: ignore[attr-defined]  # as above
     return check
 
 

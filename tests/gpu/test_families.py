@@ -70,10 +70,8 @@ def test_the_executors_agree(name: str, tmp_path: Path) -> None:
             wanted = reference.logits(ids)
             assert error(cuda.logits(ids), wanted) < bound
             with cuda.session() as session:
-                errors = [error(session.feed([token])[0], row) for token, row in zip(ids[:70], wanted, strict=False)]
-            # rounded, a random model may turn at a position where two keys are almost as good; seldom, and not far
-            assert np.median(errors) < bound
-            assert max(errors) < (bound if exact else 25 * bound), int(np.argmax(errors))
+                for position, token in enumerate(ids[:70]):
+                    assert error(session.feed([token])[0], wanted[position]) < bound, position
 
 
 @pytest.mark.parametrize(("activations", "bound"), [("f32", EXACT), ("auto", ROUNDED)])
