@@ -15,6 +15,7 @@ from mortice.core.pipeline import prepare
 from tests.gpu.test_executor import EXACT, ROUNDED, error, load, prompt
 from tests.packaging.running import ROOT
 from tests.support.cuda import needs_gpu
+from tests.support.int8 import int8_activations
 from tests.support.registry import make_registry
 from tests.support.tiny import CONTRACTS, IDS, tiny
 
@@ -61,17 +62,40 @@ def test_every_family_is_here() -> None:
     assert {name.partition(",")[0] for name in MODELS} == set(CONTRACTS) - {"qwen2", "qwen3"}
 
 
+FLIPPED, USUAL = 1e-2, 1e-3
+"""Bounds of steps of one token with int8 activations, of the worst position and of the median one.
+
+A difference in the last bit decides how a value halfway between two integers is rounded, and all that follows comes from
+it: noise of 2e-7 on the inputs of the reference's products moved the worst position by up to 2.4e-3 and the median one
+by up to 4.4e-4 (the same twelve models). Beside a reference that does not round, a single position of a model this small
+is off by up to 2e-2.
+"""
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_the_executors_agree(name: str, tmp_path: Path) -> None:
+def test_the_executors_agree_in_float32(name: str, tmp_path: Path) -> None:
     path = tiny(tmp_path, name.partition(",")[0], **MODELS[name])
-    for exact, bound in ((True, EXACT), (False, ROUNDED)):
-        with load(path, "reference", exact=exact) as reference, load(path, "cuda", exact=exact) as cuda:
-            ids = prompt(reference, 140)
-            wanted = reference.logits(ids)
-            assert error(cuda.logits(ids), wanted) < bound
-            with cuda.session() as session:
-                for position, token in enumerate(ids[:70]):
-                    assert error(session.feed([token])[0], wanted[position]) < bound, position
+    with load(path, "reference") as reference, load(path, "cuda") as cuda:
+        ids = prompt(reference, 140)
+        wanted = reference.logits(ids)
+        assert error(cuda.logits(ids), wanted) < EXACT
+        with cuda.session() as session:
+            for position, token in enumerate(ids[:70]):
+                assert error(session.feed([token])[0], wanted[position]) < EXACT, position
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_executors_agree_with_rounded_activations(name: str, tmp_path: Path) -> None:
+    path = tiny(tmp_path, name.partition(",")[0], **MODELS[name])
+    with load(path, "reference", kv="f16") as reference, load(path, "cuda", exact=False) as cuda:
+        ids = prompt(reference, 140)
+        assert error(cuda.logits(ids), reference.logits(ids)) < ROUNDED
+        with int8_activations():
+            wanted = reference.logits(ids[:70])
+        with cuda.session() as session:
+            errors = [error(session.feed([token])[0], wanted[position]) for position, token in enumerate(ids[:70])]
+    assert max(errors) < FLIPPED, errors.index(max(errors))
+    assert np.median(errors) < USUAL
 
 
 @pytest.mark.parametrize(("activations", "bound"), [("f32", EXACT), ("auto", ROUNDED)])

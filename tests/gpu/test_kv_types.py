@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mortice.core.errors import UnsupportedError
@@ -16,8 +17,13 @@ from tests.support.tiny import CONTRACTS
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
 
-SAME: Mapping[str, float] = {"f32": 1e-9, "f16": 1e-7, "q8_0": 1e-5}
-"""Normalised mean squared error: the last bits of a value decide how it is rounded, and for q8_0 a step is large."""
+SAME: Mapping[str, tuple[float, float]] = {"f32": (1e-9, 1e-9), "f16": (1e-6, 1e-7), "q8_0": (1e-4, 1e-6)}
+"""Normalised mean squared error of logits: of the worst position, and of the median one.
+
+A difference in the last bit decides how a value halfway between two steps is rounded, and a step of q8_0 is large.
+Noise of 2e-7 on the reference's K and V moved the worst of 50 positions by up to 1.3e-5 (q8_0) and 2.3e-7 (f16), and
+left most as they were.
+"""
 
 MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "place and attention": ("qwen3", {"head_dim": 64, "num_heads": 6, "num_kv_heads": 2}),
@@ -38,17 +44,19 @@ def test_prefill_and_decode_equal_the_reference(path: Path, kv: str) -> None:
     with load(path, "reference", kv=kv) as reference, load(path, "cuda", kv=kv) as cuda:
         ids = prompt(reference, 170)  # pages of 64, the third begun
         wanted = reference.logits(ids)
-        assert error(cuda.logits(ids), wanted) < SAME[kv]
+        worst, median = SAME[kv]
+        assert error(cuda.logits(ids), wanted) < worst
         with cuda.session() as session:
             session.feed(ids[:120])
-            for position in range(120, 170):
-                assert error(session.feed([ids[position]])[0], wanted[position]) < SAME[kv], position
+            errors = [error(session.feed([ids[position]])[0], wanted[position]) for position in range(120, 170)]
+        assert max(errors) < worst, errors.index(max(errors))
+        assert np.median(errors) < median
 
 
 def test_q8_0_is_close_to_float32_and_not_the_same(path: Path) -> None:
     with load(path, "cuda") as exact, load(path, "cuda", kv="q8_0") as rounded:
         ids = prompt(exact, 170)
-        assert SAME["f32"] < error(rounded.logits(ids), exact.logits(ids)) < 2e-3
+        assert SAME["f32"][0] < error(rounded.logits(ids), exact.logits(ids)) < 2e-3
 
 
 def test_q8_0_takes_34_bytes_where_f32_takes_128(path: Path) -> None:
