@@ -6,6 +6,7 @@ This package imports nothing else of mortice, so that a contract can be read and
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -157,6 +158,7 @@ class ContractDocument:
     roles: RoleTables
 
 
+@cache  # making one takes as long as reading ten contracts
 def _make_converter() -> cattrs.Converter:
     converter = make_converter()
 

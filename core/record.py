@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from mortice.core.file_hash import FileHash
 from mortice.core.pipeline import Pipeline
 from mortice.core.plugin.interfaces import Identified
 from mortice.core.text.generation import Piece
+from mortice.core.text_file import parse_json, read_small_text
 from mortice.core.version import __version__
 
 __all__ = ["Difference", "Environment", "RecordedToken", "RunRecord", "first_difference", "read_record"]
@@ -239,15 +239,8 @@ def read_record(path: Path) -> RunRecord:
 
     """
     try:
-        with path.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if size > _MAX_BYTES:
-                raise InputError(f"{path}: found {size} bytes, wanted a record of at most {_MAX_BYTES}")
-            data = stream.read(size)
-        document = json.loads(data.decode("utf-8"), object_pairs_hook=_once)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+        document = parse_json(read_small_text(path, InputError, _MAX_BYTES))
+    except ValueError as error:
         raise InputError(f"{path}: not JSON: {error}") from None
     if not isinstance(document, dict) or document.pop("record", None) != _KIND:
         raise InputError(f"{path}: is no record of a run; mortice run --record writes one")
@@ -268,14 +261,6 @@ def read_record(path: Path) -> RunRecord:
         if not isfinite(token.logprob):
             raise InputError(f"{path}: tokens: {position}: logprob: found {token.logprob}, wanted a finite number")
     return evolve(parts, config=config)
-
-
-def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
-    return table
 
 
 @frozen(kw_only=True)

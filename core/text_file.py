@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mortice.core.errors import InputError
 
-__all__ = ["MAX_BYTES", "beginning", "kind_of", "oddity", "read_small_text", "require_utf8"]
+__all__ = ["MAX_BYTES", "beginning", "kind_of", "oddity", "parse_json", "read_small_text", "require_utf8"]
 
 MAX_BYTES = 1 << 20
 """Far more than any config or contract needs, and little enough to read at once."""
@@ -36,6 +39,7 @@ _SIGNS = (
     (b"lmgg", "the format before GGUF"),
 )
 _SHOWN_BYTES = 16
+_INTEGER_BITS = 64  # as in TOML
 
 
 def kind_of(mode: int) -> str:
@@ -68,24 +72,25 @@ def beginning(path: Path) -> str:
     return f"it begins with {shown.hex(' ')} ({text}){sign}"
 
 
-def read_small_text(path: Path, error: type[InputError]) -> str:
-    """The text of a regular file of at most `MAX_BYTES`.
+def read_small_text(path: Path, error: type[InputError], max_bytes: int = MAX_BYTES) -> str:
+    """The text of a regular file.
 
     Args:
         path: the file.
         error: what is raised.
+        max_bytes: how large it may be.
 
     Raises:
         InputError: an `error`, when the file cannot be read, is no regular file, is too large or is not UTF-8.
 
     """
     try:
-        data = _read(path, error, MAX_BYTES + 1)
+        data = _read(path, error, max_bytes + 1)
     except (OSError, ValueError) as fault:  # ValueError: a null byte in the path
         reason = fault.strerror if isinstance(fault, OSError) else fault
         raise error(f"{path}: cannot be read: {reason}") from None
-    if len(data) > MAX_BYTES:
-        raise error(f"{path}: cannot be read: wanted at most {MAX_BYTES} bytes, found more")
+    if len(data) > max_bytes:
+        raise error(f"{path}: cannot be read: wanted at most {max_bytes} bytes, found more")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as fault:
@@ -113,3 +118,30 @@ def _read(path: Path, error: type[InputError], limit: int) -> bytes:
         if not stat.S_ISREG(mode):
             raise error(f"{path}: cannot be read: wanted a regular file, found {kind_of(mode)}")
         return stream.read(limit)
+
+
+def parse_json(text: str) -> Any:
+    """JSON that somebody may have edited.
+
+    Raises:
+        ValueError: not JSON, nested too deeply, with a key that an object has twice or an integer of more than 64 bits.
+
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_int=_integer)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return found
+
+
+def _integer(text: str) -> int:
+    if len(text) > _INTEGER_BITS or (value := int(text)).bit_length() > _INTEGER_BITS:
+        raise ValueError(f"an integer has more than {_INTEGER_BITS} bits")
+    return value

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from mortice.core.cli.flags import ConfigFile, ConfigFlags, ModelPath, OutputFlags, PluginFlags, settings
+from mortice.core.cli.flags import CommonFlags, ModelPath
 from mortice.core.cli.render import Screen, printable
 from mortice.core.errors import ConfigError, ContractError, ExecutionError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["derive", "diff", "show"]
 
 _DIFFERENT = 1
-_CONTRACT = "A contract: the name of a registered one, an architecture, or a TOML file."
+_CONTRACT = "A contract: the name of a registered one or its architecture (PLUGIN: before it decides), or a TOML file."
 
 ContractName = Annotated[str, Parameter(help=_CONTRACT)]
 
@@ -60,10 +60,7 @@ def derive(
     to: Annotated[
         Path | None, Parameter(name=("--output", "-o"), help="Write the draft into this file, which must not exist.")
     ] = None,
-    config: ConfigFile = None,
-    plugins: PluginFlags | None = None,
-    any_key: ConfigFlags | None = None,
-    output: OutputFlags | None = None,
+    common: CommonFlags | None = None,
 ) -> int:
     """Draft the contract of a model file, of an unknown architecture too.
 
@@ -75,9 +72,9 @@ def derive(
     from mortice.core.stages import open_file
     from mortice.core.validation.likelihood import measure_draft
 
-    output = output or OutputFlags()
-    screen = Screen(json=output.json, quiet=output.quiet)
-    registry = _registry(config, plugins, any_key)
+    common = common or CommonFlags()
+    screen = common.screen()
+    registry = _registry(common)
     alike = _contract(registry, like, "--like") if like is not None else None
     with open_file(registry, file) as opened:
         draft = derive_contract(opened, name=name, like=alike)
@@ -114,10 +111,7 @@ def diff(
     second: ContractName,
     /,
     *,
-    config: ConfigFile = None,
-    plugins: PluginFlags | None = None,
-    any_key: ConfigFlags | None = None,
-    output: OutputFlags | None = None,
+    common: CommonFlags | None = None,
 ) -> int:
     """Compare two contracts key by key, defaults included.
 
@@ -126,9 +120,9 @@ def diff(
     """
     from mortice.arch_contracts.differences import differences
 
-    output = output or OutputFlags()
-    screen = Screen(json=output.json, quiet=output.quiet)
-    registry = _registry(config, plugins, any_key)
+    common = common or CommonFlags()
+    screen = common.screen()
+    registry = _registry(common)
     left, right = _contract(registry, first), _contract(registry, second)
     found = differences(left, right)
     screen.result(
@@ -166,20 +160,17 @@ def show(
     picture: Annotated[
         Path | None, Parameter(name="--picture", help="Also draw the program into this SVG file.")
     ] = None,
-    config: ConfigFile = None,
-    plugins: PluginFlags | None = None,
-    any_key: ConfigFlags | None = None,
-    output: OutputFlags | None = None,
+    common: CommonFlags | None = None,
 ) -> int:
     """Print the program a contract builds, alike layers once, with every shape and number."""
     from mortice.core.contracts.listing import parts_of, program_listing
     from mortice.core.contracts.picture import program_picture
 
-    output = output or OutputFlags()
-    screen = Screen(json=output.json, quiet=output.quiet)
+    common = common or CommonFlags()
+    screen = common.screen()
     if file is not None and sizes is not None:
         raise ConfigError("--file and --sizes: found both, wanted one")
-    registry = _registry(config, plugins, any_key)
+    registry = _registry(common)
     program = _program(registry, _contract(registry, contract), file, sizes)
     screen.say(program_listing(program))
     screen.result(
@@ -220,28 +211,44 @@ def _program(registry: Registry, contract: Contract, file: Path | None, sizes: d
         return build_program(validate(opened, contract).model())
 
 
-def _registry(config: Path | None, *flags: object) -> Registry:
+def _registry(common: CommonFlags) -> Registry:
     from mortice.core.stages import registry_for
 
-    return registry_for(settings(config, *flags).config)
+    return registry_for(common.settings().config)
 
 
 def _contract(registry: Registry, name: str, flag: str = "") -> Contract:
-    """A contract by architecture or name, else from a file."""
+    """A contract by architecture or name, ``PLUGIN:`` before it where several have it, else from a file."""
     from mortice.core.stages import read_contract
 
-    provided = registry.contracts.get(name)
-    if provided is not None:
-        return provided.value
-    named = [given.value for given in registry.contracts.values() if given.value.name == name]
-    if named:
-        return named[0]
+    where = f"{flag}: " if flag else ""
+    served = _served(registry)
+    found = [
+        (plugin, contract)
+        for (plugin, own), (contract, architectures) in served.items()
+        if any(name in (known, f"{plugin}:{known}") for known in (own, *architectures))
+    ]
+    if len(found) > 1:
+        choices = " or ".join(f"{plugin}:{name}" for plugin, _ in found)
+        raise ContractError(f"{where}{name!r} is the name or the architecture of several contracts; write {choices}")
+    if found:
+        return found[0][1]
     path = Path(name)
     if name and (path.suffix or path.exists() or len(path.parts) > 1):
         return read_contract(path)
-    have = ", ".join(sorted(registry.contracts))
-    where = f"{flag}: " if flag else ""
+    have = ", ".join(
+        own if architectures == [own] else f"{own} ({', '.join(architectures)})"
+        for (_, own), (_, architectures) in sorted(served.items(), key=lambda item: item[0][1])
+    )
     raise ContractError(f"{where}no contract {name!r} is registered, and no file has this name; have {have}")
+
+
+def _served(registry: Registry) -> dict[tuple[str, str], tuple[Contract, list[str]]]:
+    """The contracts and the architectures they serve, by plugin and name."""
+    served: dict[tuple[str, str], tuple[Contract, list[str]]] = {}
+    for architecture, given in registry.contracts.items():
+        served.setdefault((given.plugin, given.value.name), (given.value, []))[1].append(architecture)
+    return served
 
 
 def _write(path: Path, text: str, mode: str) -> None:

@@ -8,15 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mortice.core.cli.findings import counts_text
-from mortice.core.cli.flags import (
-    ConfigFile,
-    ConfigFlags,
-    FileFlags,
-    ModelPath,
-    OutputFlags,
-    PluginFlags,
-    settings,
-)
+from mortice.core.cli.flags import CommonFlags, FileFlags, ModelPath
 from mortice.core.cli.render import Screen, printable, size_text
 from mortice.core.errors import MorticeError
 
@@ -34,11 +26,8 @@ def inspect(
     file: ModelPath,
     /,
     *,
-    config: ConfigFile = None,
     model: FileFlags | None = None,
-    plugins: PluginFlags | None = None,
-    any_key: ConfigFlags | None = None,
-    output: OutputFlags | None = None,
+    common: CommonFlags | None = None,
 ) -> int:
     """Show metadata, tensors, types, the contract that serves a file and the program it makes.
 
@@ -47,9 +36,9 @@ def inspect(
     """
     from mortice.core.stages import open_file, quantize_opened, registry_for
 
-    output = output or OutputFlags()
-    screen = Screen(json=output.json, quiet=output.quiet)
-    chosen = settings(config, model, plugins, any_key).config
+    common = common or CommonFlags()
+    screen = common.screen()
+    chosen = common.settings(model).config
     registry = registry_for(chosen)
     quantize = chosen.model.quantize
     with open_file(registry, file) as stored, quantize_opened(registry, stored, quantize) as opened:

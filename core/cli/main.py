@@ -1,6 +1,6 @@
 """The command ``mortice``: finds the subcommand, and turns every error into one clear line and an exit code.
 
-0 ok, 1 failure, 2 refused input, 130 interrupted.
+0 ok, 1 failure, 2 refused input, 130 interrupted, 141 nobody reads on.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ __all__ = ["main", "make_app"]
 
 _REFUSED = 2
 _INTERRUPTED = 130
+_NOBODY_READS = 141
+"""128 + SIGPIPE: what a shell reports of tools that do not care about a closed pipe."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -129,13 +131,15 @@ def _run(arguments: Sequence[str], *, as_json: bool, debug: bool) -> int:
             source = oddity(error.path)
         message = _escaped("\n".join([f"{error}{source}", *notes]), arguments)
         return _fail(error.exit_code, type(error).__name__, message, as_json)
-    except KeyboardInterrupt:
-        return _fail(_INTERRUPTED, "KeyboardInterrupt", "interrupted", as_json)
+    except KeyboardInterrupt as error:
+        notes = getattr(error, "__notes__", ())  # which plugin was at work
+        return _fail(_INTERRUPTED, "KeyboardInterrupt", "; ".join(["interrupted", *notes]), as_json)
     except BrokenPipeError:
-        # whoever read our output has what they wanted; the interpreter must not try to flush the rest at exit
-        for stream in (sys.stdout, sys.stderr):
-            _discard(stream)
-        return 0
+        return _nobody_reads()
+    except SystemExit as error:
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        return _nobody_reads()  # rich, which prints the help, makes an exit of it
     except Exception as error:  # noqa: BLE001 (the outermost frame: a person gets a line, not a traceback)
         if isinstance(error, OSError) and _came_from_printing(error):
             _discard(sys.stdout)
@@ -165,6 +169,13 @@ def _last_words(stream: TextIO, text: str) -> None:
         print(text, file=stream, flush=True)
     except OSError:  # there is nobody left to tell
         _discard(stream)
+
+
+def _nobody_reads() -> int:
+    """Whoever read our output has what they wanted; the interpreter must not try to flush the rest at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        _discard(stream)
+    return _NOBODY_READS
 
 
 def _came_from_printing(error: OSError) -> bool:

@@ -11,16 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from attrs import evolve
 from cyclopts import Parameter
 
-from mortice.core.cli.flags import (
-    ConfigFile,
-    ConfigFlags,
-    ExecutorFlags,
-    FileFlags,
-    ModelPath,
-    OutputFlags,
-    PluginFlags,
-    settings,
-)
+from mortice.core.cli.flags import CommonFlags, ExecutorFlags, FileFlags, ModelPath
 from mortice.core.cli.render import Screen
 from mortice.core.errors import ConfigError, InputError, UnsupportedError
 
@@ -65,12 +56,9 @@ def parity(
     heatmap: Annotated[
         Path | None, Parameter(help="Draw errors by layer and kind into this PNG file; needs matplotlib.")
     ] = None,
-    config: ConfigFile = None,
     contract: FileFlags | None = None,
     executor: ExecutorFlags | None = None,
-    plugins: PluginFlags | None = None,
-    any_key: ConfigFlags | None = None,
-    output: OutputFlags | None = None,
+    common: CommonFlags | None = None,
 ) -> int:
     """Compare what two executors compute: every operator's value, and the distributions of the next token.
 
@@ -81,13 +69,13 @@ def parity(
     from mortice.core.parity.report import as_dict, load_matplotlib, write_picture
     from mortice.core.parity.tolerances import EXACT, ROUNDED
 
-    output = output or OutputFlags()
+    common = common or CommonFlags()
     if text is not None and token_ids:
         raise ConfigError("--text and --token-ids: found both, wanted one")
     if heatmap is not None:
         load_matplotlib()  # a missing package is better known before than after
-    screen = Screen(json=output.json, quiet=output.quiet)
-    chosen = settings(config, contract, executor, plugins, any_key).config
+    screen = common.screen()
+    chosen = common.settings(contract, executor).config
     chosen = evolve(chosen, model=evolve(chosen.model, path=model))
     with ExitStack() as stack:
         oracle, tested = _open_both(stack, chosen, against, tokens, screen)

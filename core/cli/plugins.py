@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from mortice.core.cli.flags import ConfigFile, ConfigFlags, OutputFlags, PluginFlags, settings
+from mortice.core.cli.flags import CommonFlags
 from mortice.core.cli.render import Screen, printable
 from mortice.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from mortice.core.plugin.manager import PluginRecord
-    from mortice.core.plugin.registry import Registry
+    from mortice.core.plugin.registry import Conflict, Registry
 
 __all__ = ["PluginName", "list_plugins", "record_of", "refusals", "show_plugin", "surveyed"]
 
@@ -24,21 +26,17 @@ _MOST_SHOWN = 64
 """Characters of a name that no plugin has."""
 
 
-def list_plugins(
-    config: ConfigFile = None,
-    plugins: PluginFlags | None = None,
-    any_key: ConfigFlags | None = None,
-    output: OutputFlags | None = None,
-) -> int:
+def list_plugins(*, common: CommonFlags | None = None) -> int:
     """List every plugin: what it gives, its version and that of the hooks it was written for, how long importing took.
 
     Broken plugins and conflicts are listed too; the exit code is 2 when a broken one was asked for, or with
     ``--strict-plugins``.
     """
-    output = output or OutputFlags()
-    screen = Screen(json=output.json, quiet=output.quiet)
-    registry, strict = surveyed(config, plugins, any_key)
+    common = common or CommonFlags()
+    screen = common.screen()
+    registry, strict = surveyed(common)
     found = [_describe(registry, record) for record in registry.manager.records.values()]
+    names = {architecture: given.value.name for architecture, given in registry.contracts.items()}
     screen.result(found)
     screen.table(
         ("plugin", "from", "status", ">hooks", ">import", "gives"),
@@ -49,7 +47,7 @@ def list_plugins(
                 plugin["status"],
                 _contract_version(plugin),
                 f"{plugin['import_ms']:.0f} ms",
-                printable(plugin["error"]) or printable(_gives_text(plugin)),
+                printable(plugin["error"]) or printable(_gives_text(plugin, names)),
             )
             for plugin in found
         ],
@@ -61,15 +59,12 @@ def show_plugin(
     name: PluginName,
     /,
     *,
-    config: ConfigFile = None,
-    plugins: PluginFlags | None = None,
-    any_key: ConfigFlags | None = None,
-    output: OutputFlags | None = None,
+    common: CommonFlags | None = None,
 ) -> int:
     """Show one plugin: every thing it gives with its details, its hooks, and where it conflicts with others."""
-    output = output or OutputFlags()
-    screen = Screen(json=output.json, quiet=output.quiet)
-    registry, _ = surveyed(config, plugins, any_key)
+    common = common or CommonFlags()
+    screen = common.screen()
+    registry, _ = surveyed(common)
     record = record_of(registry, name)
     found = {**_describe(registry, record), "details": _details(registry, name), "file": _file(registry, name)}
     screen.result(found)
@@ -93,14 +88,31 @@ def show_plugin(
     return 2 if record.status == "failed" else 0
 
 
-def surveyed(config: ConfigFile, plugins: PluginFlags | None, any_key: ConfigFlags | None) -> tuple[Registry, bool]:
+def surveyed(common: CommonFlags) -> tuple[Registry, bool]:
     """All plugins, broken and conflicting ones included, and whether the config is strict."""
     from mortice.core.plugin.manager import PluginPolicy
     from mortice.core.plugin.registry import survey
+    from mortice.core.plugin.trial_import import fatal_plugins
 
-    wanted = settings(config, plugins, any_key).config.plugins
-    registry = survey(PluginPolicy(allow=wanted.allow, block=wanted.block), prefer=wanted.prefer)
+    wanted = common.settings().config.plugins
+    policy = PluginPolicy(allow=wanted.allow, block=wanted.block)
+    registry = survey(policy, prefer=wanted.prefer, unfit=fatal_plugins(policy))
+    with TemporaryDirectory(prefix="mortice-probe-", ignore_cleanup_errors=True) as folder:
+        registry.conflicts += tuple(_loader_conflicts(registry, Path(folder)))
     return registry, wanted.strict
+
+
+def _loader_conflicts(registry: Registry, folder: Path) -> Iterator[Conflict]:
+    """Which loaders take the same, as far as small files tell."""
+    loaders = [name for name in registry.manager.records if registry.manager.has(name, "mortice_open_model")]
+    if all(registry.manager.records[name].source == "builtin" for name in loaders):
+        return  # they leave each other's files alone
+    from mortice.core.testing.probe_files import probe_files
+
+    for path in probe_files(folder):
+        conflict = registry.loader_conflict(path)
+        if conflict is not None:
+            yield conflict
 
 
 def refusals(registry: Registry, screen: Screen, *, strict: bool) -> int:
@@ -204,7 +216,12 @@ def _contract_version(plugin: dict[str, Any]) -> str:
     return "not said" if version is None else str(version)
 
 
-def _gives_text(plugin: dict[str, Any]) -> str:
-    gives = [f"{kind}: {', '.join(keys)}" for kind, keys in plugin["gives"].items()]
+def _gives_text(plugin: dict[str, Any], names: Mapping[str, str]) -> str:
+    """What it gives, and with whom it conflicts; `names` are those of the contracts, by architecture."""
+    gives = [
+        f"{kind}: "
+        + ", ".join(key if kind != "contracts" or names[key] == key else f"{names[key]} ({key})" for key in keys)
+        for kind, keys in plugin["gives"].items()
+    ]
     conflicts = [f"conflict: {key} with {', '.join(others)}" for key, others in plugin["conflicts"].items()]
     return "; ".join(gives + conflicts)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from mortice.core.cli.flags import ConfigFile, ConfigFlags, OutputFlags, PluginFlags
+from mortice.core.cli.flags import CommonFlags
 from mortice.core.cli.plugins import PluginName, record_of, surveyed
 from mortice.core.cli.render import Screen, printable
 from mortice.core.errors import ConfigError
+from mortice.core.text_file import oddity
 
 if TYPE_CHECKING:
     from mortice.core.plugin.registry import Registry
@@ -26,20 +27,21 @@ def check_plugin(
     sample: Annotated[
         Path | None, Parameter(help="A good file of the format, for a loader; copies of it are damaged.")
     ] = None,
-    config: ConfigFile = None,
-    plugins: PluginFlags | None = None,
-    any_key: ConfigFlags | None = None,
-    output: OutputFlags | None = None,
+    common: CommonFlags | None = None,
 ) -> int:
     """Check that what a plugin gives keeps its promises: the suites of mortice.core.testing, without pytest.
 
     The exit code is 2 when a check fails. What cannot be checked here (no GPU, no compiler, no sample) is said.
     """
-    output = output or OutputFlags()
-    screen = Screen(json=output.json, quiet=output.quiet)
-    if sample is not None and not sample.exists():
-        raise ConfigError(f"--sample: {sample}: no such file or folder")
-    registry, _ = surveyed(config, plugins, any_key)
+    common = common or CommonFlags()
+    screen = common.screen()
+    if sample is not None:
+        sample = sample.resolve()  # its name, which the copies get, is then one
+        if not sample.exists():
+            raise ConfigError(f"--sample: {sample}: no such file or folder")
+        if not (sample.is_file() or sample.is_dir()):  # a device would be copied without end
+            raise ConfigError(f"--sample: {sample}: wanted a regular file or a folder{oddity(sample)}")
+    registry, _ = surveyed(common)
     record = record_of(registry, name)
     if record.status != "active":
         found: list[dict[str, Any]] = [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from attrs import evolve, frozen
 from cyclopts import Parameter
 
-from mortice.core.cli.flags import OutputFlags
+from mortice.core.cli.flags import ModelPath, OutputFlags
 from mortice.core.cli.render import Screen, printable
 from mortice.core.cli.run import prompt_ids
 from mortice.core.cli.stages import note_model, planned, resident
@@ -34,7 +34,7 @@ class _Replayed:
 
 
 def replay(
-    record: Annotated[Path, Parameter(help="A file that mortice run --record wrote.")],
+    record: Annotated[ModelPath, Parameter(help="A file that mortice run --record wrote.")],
     /,
     *,
     model: Annotated[

@@ -7,8 +7,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from mortice.core.cli.answer import read_stdin
-from mortice.core.cli.flags import ConfigFile, ConfigFlags, ModelPath, OutputFlags, PluginFlags, settings
-from mortice.core.cli.render import Screen, printable
+from mortice.core.cli.flags import CommonFlags, ModelPath
+from mortice.core.cli.render import printable
 from mortice.core.errors import InputError
 from mortice.core.text_file import require_utf8
 
@@ -26,18 +26,15 @@ def tokenize(
     special: Annotated[
         bool, Parameter(help="Read the text of a control token as that token, and add BOS where the file asks for it.")
     ] = True,
-    config: ConfigFile = None,
-    plugins: PluginFlags | None = None,
-    any_key: ConfigFlags | None = None,
-    output: OutputFlags | None = None,
+    common: CommonFlags | None = None,
 ) -> int:
     """Show the token ids of a text."""
     from mortice.core.stages import open_file, registry_for
     from mortice.core.text.tokenizer import Tokenizer
 
-    output = output or OutputFlags()
-    screen = Screen(json=output.json, quiet=output.quiet)
-    chosen = settings(config, plugins, any_key).config
+    common = common or CommonFlags()
+    screen = common.screen()
+    chosen = common.settings().config
     if text == "-":
         text = read_stdin()
     try:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from mortice.core.cli.findings import COLUMNS, counts_text, finding_rows
-from mortice.core.cli.flags import (
-    ConfigFile,
-    ConfigFlags,
-    FileFlags,
-    ModelPath,
-    OutputFlags,
-    PluginFlags,
-    settings,
-)
+from mortice.core.cli.flags import CommonFlags, FileFlags
 from mortice.core.cli.render import Screen, json_text, printable, size_text
-from mortice.core.errors import ConfigError
+from mortice.core.errors import ConfigError, ModelFileError
 
 if TYPE_CHECKING:
     from mortice.core.validation.results import ModelResult
@@ -27,12 +22,21 @@ __all__ = ["validate"]
 
 _REFUSED = 2
 _SHOWN_DIGITS = 12
+_EMPTY = Path("''")
+"""Stands for an empty argument, which `Path` would make the working directory: the others are still validated."""
+
+
+def _path(_: Any, tokens: Sequence[Any]) -> Path:
+    return Path(tokens[0].value) if tokens[0].value else _EMPTY
+
+
+AnyPath = Annotated[Path, Parameter(help="A model file or folder.", converter=_path, n_tokens=1)]
 
 
 def validate(
-    path: Annotated[ModelPath, Parameter(help="A model file, or a folder to search for models.")],
+    path: Annotated[AnyPath, Parameter(help="A model file, or a folder to search for models.")],
     /,
-    *paths: ModelPath,
+    *paths: AnyPath,
     form: Annotated[
         Literal["text", "json", "sarif", "junit"],
         Parameter(name="--format", help="How results are printed: for a person, or for a program.", show_default=False),
@@ -46,11 +50,8 @@ def validate(
             show_default=False,
         ),
     ] = False,
-    config: ConfigFile = None,
     contract: FileFlags | None = None,
-    plugins: PluginFlags | None = None,
-    any_key: ConfigFlags | None = None,
-    output: OutputFlags | None = None,
+    common: CommonFlags | None = None,
 ) -> int:
     """Hold models against their contracts and report everything found.
 
@@ -60,27 +61,32 @@ def validate(
     """
     from mortice.core.stages import read_contract, registry_for
     from mortice.core.validation.check import check_models
+    from mortice.core.validation.results import ModelResult
 
-    output = output or OutputFlags()
+    common = common or CommonFlags()
+    output = common.output
     if output.json and form not in ("text", "json"):
         raise ConfigError(f"--json and --format {form}: found both, wanted one")
     if output.json:
         form = "json"
     screen = Screen(json=form != "text", quiet=output.quiet)
-    chosen = settings(config, contract, plugins, any_key).config
+    chosen = common.settings(contract).config
     if chosen.model.contract is not None:
         read_contract(chosen.model.contract)  # a mistake in it is said once, not for each model
     registry = registry_for(chosen)
     reading = partial(screen.byte_progress, "tensor data")
-    results = []
-    for result in check_models(
-        (path, *paths),
+    given = [it for it in (path, *paths) if it is not _EMPTY]
+    nothing = ModelResult(path=_EMPTY, error=ModelFileError(_EMPTY, "found no text, wanted a path"))
+    found = check_models(
+        given,
         registry,
         contract=chosen.model.contract,
         quantize=chosen.model.quantize,
         deep=deep,
         reading=reading,
-    ):
+    )
+    results = []
+    for result in chain([nothing] * (1 + len(paths) - len(given)), found):
         results.append(result)
         _show(screen, result, strict=strict)
     failed = sum(not result.passed(strict=strict) for result in results)

@@ -6,12 +6,11 @@ left open, never guessed: a wrong style of RoPE or a wrong activation gives flue
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
-from attrs import define, evolve, field, frozen
+from attrs import Factory, define, evolve, field, frozen
 
 from mortice.arch_contracts.consistency import contradictions
 from mortice.arch_contracts.expressions import Expression, Number
@@ -32,6 +31,7 @@ from mortice.arch_contracts.vocabulary import (
     RopeSpec,
 )
 from mortice.arch_contracts.writing import contract_text
+from mortice.core.contracts.role_tensors import RoleTensors
 from mortice.core.contracts.shapes import FUSED, fitting_shape, usual_shapes
 from mortice.core.errors import UnsupportedError
 from mortice.core.model.findings import join_layers
@@ -41,7 +41,6 @@ from mortice.core.model.validation import validate
 
 __all__ = ["Draft", "derive_contract"]
 
-_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 _KINDS: Mapping[type, Literal["int", "float", "bool"]] = {int: "int", float: "float", bool: "bool"}
 _RMS, _PLAIN = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
 _MAY_DIFFER = frozenset(
@@ -125,7 +124,7 @@ class _Drafting:
     numbers: dict[str, Hyperparameter] = field(factory=lambda: dict(STANDARD_HYPERPARAMETERS))
     global_roles: dict[str, Role] = field(factory=dict)
     layer_roles: dict[str, Role] = field(factory=dict)
-    tensors: dict[str, dict[int | None, TensorView]] = field(factory=dict)
+    tensors: RoleTensors = field(default=Factory(lambda self: RoleTensors.of(self.file), takes_self=True))
 
     # what the file has ------------------------------------------------------------------------------------------
 
@@ -162,8 +161,7 @@ class _Drafting:
     # numbers ----------------------------------------------------------------------------------------------------
 
     def hyperparameters(self) -> None:
-        self.sort_tensors()
-        if "token_embd" not in self.tensors:
+        if "token_embd" not in self.tensors.by_role:
             raise UnsupportedError(f"{self.file.path}: token_embd.weight is missing, which every contract needs")
         for name, standard in STANDARD_HYPERPARAMETERS.items():
             value = self.value(standard.key)
@@ -184,9 +182,9 @@ class _Drafting:
     def conclude(self, name: str, standard: Hyperparameter) -> None:
         """A number whose key is missing: from shapes where they have it."""
         found = {
-            "num_layers": 1 + max((layer for layer in self.layers() if layer is not None), default=-1),
-            "hidden_size": self.extent("token_embd", 1),
-            "ffn_size": self.extent("ffn_down", 1),
+            "num_layers": 1 + max((layer for layer in self.tensors.layers() if layer is not None), default=-1),
+            "hidden_size": self.tensors.extent("token_embd", 1),
+            "ffn_size": self.tensors.extent("ffn_down", 1),
         }.get(name)
         dotted, missing = f"hyperparameters.{name}", f"the file has no {self.file.architecture}.{standard.key}"
         self.numbers[name] = evolve(standard, default=Expression(str(found or 1)))
@@ -197,7 +195,7 @@ class _Drafting:
 
     def own_head_dim(self) -> None:
         """A head size that neither a key nor the usual quotient gives, but the shape of Q does."""
-        rows, heads = self.extent("attn_q", 0), self.value("attention.head_count")
+        rows, heads = self.tensors.extent("attn_q", 0), self.value("attention.head_count")
         hidden = self.value("embedding_length")
         if self.value("attention.key_length") is not None or not rows or not isinstance(heads, int) or heads < 1:
             return
@@ -207,25 +205,8 @@ class _Drafting:
 
     # weights ----------------------------------------------------------------------------------------------------
 
-    def sort_tensors(self) -> None:
-        """Tensors by role and layer; what no role is named after stays out, and validation names it."""
-        for name, tensor in self.file.tensors.items():
-            match = _LAYER.fullmatch(name)
-            base, _, kind = (match[2] if match else name).rpartition(".")
-            role = f"{base}_bias" if kind == "bias" else base
-            known = LAYER_ROLES if match else GLOBAL_ROLES
-            if kind in ("weight", "bias") and role in known:
-                self.tensors.setdefault(role, {})[int(match[1]) if match else None] = tensor
-
-    def layers(self) -> set[int | None]:
-        return {layer for found in self.tensors.values() for layer in found}
-
-    def extent(self, role: str, axis: int) -> int | None:
-        tensor = next(iter(self.tensors.get(role, {}).values()), None)
-        return tensor.shape[axis] if tensor is not None and len(tensor.shape) > axis else None
-
     def roles(self) -> None:
-        self.rename_fused()
+        self.tensors.name_fused()
         stub = Contract(
             name="draft",
             architectures=(self.file.architecture,),
@@ -247,7 +228,7 @@ class _Drafting:
             for key in known:
                 found = {
                     layer: tensor
-                    for layer, tensor in self.tensors.get(key, {}).items()
+                    for layer, tensor in self.tensors.of_role(key).items()
                     if layer is None or layer < count
                 }
                 values = {layer: resolved.uniform() if layer is None else resolved.at(layer) for layer in found}
@@ -256,12 +237,6 @@ class _Drafting:
         if "output" not in self.global_roles:
             shape = self.global_roles["token_embd"].shape
             self.global_roles["output"] = RoleEntry(shape=shape, else_="token_embd").role("output", layer=False)
-
-    def rename_fused(self) -> None:
-        """GGUF names a fused gate and up after up; there is no gate then, and up has twice the rows."""
-        up, rows = self.tensors.get("ffn_up"), self.extent("ffn_down", 1)
-        if up is not None and "ffn_gate" not in self.tensors and rows and self.extent("ffn_up", 0) == 2 * rows:
-            self.tensors["ffn_gate_up"] = self.tensors.pop("ffn_up")
 
     def role(
         self,

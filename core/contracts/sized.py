@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mortice.arch_contracts.expressions import ExpressionError, Number
 from mortice.arch_contracts.vocabulary import STANDARD_HYPERPARAMETERS, Contract, Role
-from mortice.core.errors import ConfigError, ValidationError
+from mortice.core.errors import ConfigError, ContractError, ValidationError
 from mortice.core.model.hyperparameters import Hyperparameters, resolve_hyperparameters
 from mortice.core.model.program import Program, build_program
 from mortice.core.model.qtypes import GGML_TYPES
@@ -33,6 +34,7 @@ DEFAULT_SIZES: Mapping[str, float] = {
 
 _F32 = GGML_TYPES[0]
 _MOST_LAYERS = 1024
+_MOST_ELEMENTS = 2**60
 
 
 def program_of_sizes(contract: Contract, sizes: Mapping[str, float]) -> Program:
@@ -45,7 +47,7 @@ def program_of_sizes(contract: Contract, sizes: Mapping[str, float]) -> Program:
     Raises:
         ConfigError: for a name the contract does not have, or too many layers.
         ValidationError: when the sizes do not fit the contract.
-        ContractError: when the contract's parts do not fit together.
+        ContractError: when the contract's parts do not fit together, or a weight has no shape.
 
     """
     kinds = {"vocab_size": "int", **{name: item.kind for name, item in contract.hyperparameters.items()}}
@@ -91,7 +93,20 @@ def _tensors(contract: Contract, numbers: Hyperparameters) -> Iterator[TensorVie
             # an optional fused weight is shown where its parts may be missing
             fused = role.presence == "optional" and any(_may_lack(roles, part) for part in role.split)
             if role.presence == "required" or fused:
-                yield _tensor(role.tensor(layer), tuple(int(extent.evaluate(values)) for extent in role.shape))
+                yield _tensor(role.tensor(layer), _shape(contract, role, values))
+
+
+def _shape(contract: Contract, role: Role, values: Mapping[str, Number]) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(extent.evaluate(values)) for extent in role.shape)
+    except ExpressionError as error:
+        raise ContractError(f"contract {contract.name}: {role.name}: {error}") from None
+    if min(shape, default=1) < 1 or math.prod(shape) > _MOST_ELEMENTS:
+        found = " x ".join(map(str, shape))
+        raise ContractError(
+            f"contract {contract.name}: {role.name}: found {found}, wanted 1 to {_MOST_ELEMENTS} elements in all"
+        )
+    return shape
 
 
 def _may_lack(roles: Mapping[str, Role], part: str) -> bool:

@@ -42,8 +42,6 @@ __all__ = [
     "upload_faults",
 ]
 
-_NOT_FAULTS = (KeyboardInterrupt, GeneratorExit)
-
 
 def describe(error: BaseException) -> str:
     """An exception in one line; the type is left out for our own, whose messages are made to be read."""
@@ -57,7 +55,7 @@ def describe(error: BaseException) -> str:
 def naming(origin: str, doing: str, *, note: bool = True) -> Iterator[None]:
     """Make whatever a plugin raises inside name it.
 
-    Our own exceptions keep their type and message and get a note (``add_note``) that names `origin`; Ctrl-C passes;
+    Our own exceptions and Ctrl-C keep their type and message and get a note (``add_note``) that names `origin`;
     everything else, ``SystemExit`` and the panics of compiled extensions included, becomes a `PluginError`.
 
     Args:
@@ -68,7 +66,11 @@ def naming(origin: str, doing: str, *, note: bool = True) -> Iterator[None]:
     """
     try:
         yield
-    except _NOT_FAULTS:
+    except GeneratorExit:
+        raise
+    except KeyboardInterrupt as error:
+        if note:
+            error.add_note(f"in {origin}, {doing}")
         raise
     except MorticeError as error:
         if note:

@@ -13,11 +13,12 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, redirect_stdout
 from functools import partial
 from importlib import metadata
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any, Literal
 
 import pluggy
@@ -104,6 +105,7 @@ class PluginManager:
     Attributes:
         policy: which plugins may take part.
         lenient: keep in `refusals` what would otherwise be raised, to look at what there is.
+        unfit: installed plugins that must not be imported, by name, with the reason.
         records: what became of each plugin.
         refusals: what a manager that is not lenient would have raised.
 
@@ -111,6 +113,7 @@ class PluginManager:
 
     policy: PluginPolicy = PluginPolicy()
     lenient: bool = False
+    unfit: Mapping[str, str] = MappingProxyType({})
     records: dict[str, PluginRecord] = field(factory=dict, init=False)
     refusals: list[MorticeError] = field(factory=list, init=False)
     _pm: pluggy.PluginManager = field(init=False)
@@ -121,11 +124,16 @@ class PluginManager:
 
     @classmethod
     def create(
-        cls, policy: PluginPolicy | None = None, given: Sequence[tuple[str, object]] = (), *, lenient: bool = False
+        cls,
+        policy: PluginPolicy | None = None,
+        given: Sequence[tuple[str, object]] = (),
+        *,
+        lenient: bool = False,
+        unfit: Mapping[str, str] = MappingProxyType({}),
     ) -> PluginManager:
         """A manager with the built-ins, the installed plugins the policy lets in, and `given` (name, plugin) pairs.
 
-        A lenient one keeps in `refusals` what is listed here.
+        A lenient one keeps in `refusals` what is listed here; `unfit` is as in the attributes.
 
         Raises:
             ConfigError: when the policy allows and blocks the same plugin.
@@ -133,7 +141,7 @@ class PluginManager:
                 or a given one is broken or has a name that is taken.
 
         """
-        manager = cls(policy or PluginPolicy(), lenient)
+        manager = cls(policy or PluginPolicy(), lenient, unfit)
         for module in BUILTIN_PLUGINS:
             record = PluginRecord(
                 name=builtin_name(module), source="builtin", distribution="mortice", version=__version__
@@ -154,6 +162,8 @@ class PluginManager:
             group = list(same)
             distributions = " and ".join(sorted(map(_distribution, group)))
             load: Callable[[], object] = group[0].load
+            if name in self.unfit:
+                load = partial(_refuse, self.unfit[name])
             if name in self.records:
                 load = partial(_refuse, f"a built-in plugin is named {name!r}; the package has to choose another name")
                 name = f"{name} of {distributions}"
@@ -176,7 +186,9 @@ class PluginManager:
         try:
             with redirect_stdout(sys.stderr):  # standard output is for results; what a package prints is none
                 self._register(name, load())
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            if record.source != "builtin":
+                error.add_note(f"while {record.origin} was imported")
             raise
         except BaseException as error:  # noqa: BLE001 (SystemExit or a compiled extension's panic is no Exception)
             fault = PluginError(f"{record.origin}: {describe(error)}")

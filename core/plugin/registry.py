@@ -6,12 +6,13 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from attrs import define, evolve, field
 
 from mortice.arch_contracts.schema import Contract
-from mortice.core.errors import ConfigError, ModelFileError, PluginError, UnknownArchitectureError
+from mortice.core.errors import ConfigError, ModelFileError, MorticeError, PluginError, UnknownArchitectureError
 from mortice.core.model.findings import Finding
 from mortice.core.model.qtypes import QType
 from mortice.core.model.types import DeviceInfo, LoadOptions, ModelFile
@@ -84,7 +85,7 @@ class Registry:
             raise ModelFileError(path, "no such file or folder") from None
         except (OSError, ValueError) as error:
             raise ModelFileError(path, f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
-        key = f"loader:{path.suffix.removeprefix('.').lower() or 'none'}"
+        key = _loader_key(path)
         choice = self.prefer.get(key)
         opened = self._opened(path, choice) if choice else []
         opened = opened or self._opened(path)
@@ -93,6 +94,21 @@ class Registry:
                 model.close()
             raise PluginError(f"{path}: {conflict_of(self.manager, key, [model.loader for model in opened]).message}")
         return opened[0] if opened else None
+
+    def loader_conflict(self, path: Path) -> Conflict | None:
+        """The conflict that `open_model` would refuse a path for; a loader that fails there takes it, too."""
+        key, takers = _loader_key(path), []
+        for plugin in self.manager.records:
+            try:
+                opened = self._opened(path, plugin)
+            except MorticeError:
+                takers.append(plugin)
+                continue
+            takers += [plugin] * len(opened)
+            for model in opened:
+                model.close()
+        decided = self.prefer.get(key) in takers
+        return None if len(takers) < 2 or decided else conflict_of(self.manager, key, takers)
 
     def _opened(self, path: Path, only: str | None = None) -> list[ModelFile]:
         """The file as every loader that takes it sees it; when one fails, none stays open."""
@@ -204,6 +220,11 @@ class Registry:
         return lambda event: self.emit(evolve(event, plugin=plugin))
 
 
+def _loader_key(path: Path) -> str:
+    """What ``[plugins.prefer]`` calls the files that are named like this one."""
+    return f"loader:{path.suffix.removeprefix('.').lower() or 'none'}"
+
+
 def make_registry(
     policy: PluginPolicy | None = None,
     *,
@@ -238,12 +259,14 @@ def survey(
     *,
     prefer: Mapping[str, str] | None = None,
     given: Iterable[tuple[str, object]] = (),
+    unfit: Mapping[str, str] = MappingProxyType({}),
 ) -> Registry:
     """Like `make_registry`, but what that would raise is kept: good to look at, not to run.
 
-    Conflicts are in ``conflicts``, everything else in ``manager.refusals``.
+    Conflicts are in ``conflicts``, everything else in ``manager.refusals``; installed plugins that are `unfit`, by name
+    with the reason, are not imported.
     """
-    return _registry(PluginManager.create(policy, tuple(given), lenient=True), prefer)
+    return _registry(PluginManager.create(policy, tuple(given), lenient=True, unfit=unfit), prefer)
 
 
 def _registry(manager: PluginManager, prefer: Mapping[str, str] | None) -> Registry:

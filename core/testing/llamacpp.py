@@ -19,10 +19,19 @@ from attrs import define, field, frozen
 from numpy.typing import NDArray
 
 from mortice.core.errors import UnsupportedError
+from mortice.core.pipeline import load
 from mortice.core.plugin.registry import make_registry
 from mortice.core.testing.gguf_files import write_gguf
 
-__all__ = ["Difference", "LlamaCpp", "Row", "difference", "llamacpp_logits", "under_architecture"]
+__all__ = [
+    "Difference",
+    "LlamaCpp",
+    "Row",
+    "difference",
+    "difference_from_llamacpp",
+    "llamacpp_logits",
+    "under_architecture",
+]
 
 
 @frozen(eq=False)
@@ -180,18 +189,40 @@ def llamacpp_logits(path: Path, token_ids: Sequence[int]) -> NDArray[np.float32]
         UnsupportedError: when `xllamacpp` is not installed.
 
     """
+    rows = _rows(path, token_ids)
+    logits = np.empty((len(rows), len(rows[0].ids)), np.float32)
+    for place, row in enumerate(rows):
+        logits[place, row.ids] = row.logprobs
+    return logits
+
+
+def difference_from_llamacpp(path: Path, token_ids: Sequence[int], oracle: Path | None = None) -> Difference:
+    """How far the reference executor is from llama.cpp, over all tokens after each of `token_ids`.
+
+    Args:
+        path: the model.
+        token_ids: what both are fed.
+        oracle: a file of the same weights that llama.cpp is given, where it does not read `path` itself.
+
+    Raises:
+        UnsupportedError: when `xllamacpp` is not installed.
+
+    """
+    rows = _rows(oracle or path, token_ids)
+    with load(path, executor="reference") as pipeline:
+        return difference(rows, pipeline.logits(token_ids))
+
+
+def _rows(path: Path, token_ids: Sequence[int]) -> list[Row]:
+    """All tokens after each of `token_ids`."""
     with make_registry().open_model(path) as file:
         tokens = file.metadata["tokenizer.ggml.tokens"]
         assert isinstance(tokens, Sequence)
         size = len(tokens)
         context = file.metadata[f"{file.architecture}.context_length"]  # what RoPE's tables are chosen by
         assert isinstance(context, int)
-    logits = np.empty((len(token_ids), size), np.float32)
     with LlamaCpp(path, context=min(context, 4096)) as llama:
-        for place in range(len(token_ids)):
-            row = llama.after(token_ids[: place + 1], size)
-            logits[place, row.ids] = row.logprobs
-    return logits
+        return [llama.after(token_ids[: place + 1], size) for place in range(len(token_ids))]
 
 
 def under_architecture(path: Path, architecture: str) -> Path:

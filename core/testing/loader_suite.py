@@ -14,49 +14,30 @@ content, missing parts. What only someone who knows the format can break goes in
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import os
 import shutil
 import threading
-import time
-import tracemalloc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attrs import frozen
 
-from mortice.core.errors import ModelFileError
 from mortice.core.model.qtypes import GGML_TYPES
 from mortice.core.model.types import LoadOptions, ModelFile
-from mortice.core.plugin.conformance import describe, model_faults
+from mortice.core.plugin.conformance import model_faults
 from mortice.core.plugin.registry import Registry
 from mortice.core.stages import open_file
 from mortice.core.testing.file_damage import DAMAGES, FOREIGN, WRONG_CONTENT, open_files, spread
 from mortice.core.testing.registries import registry_with
 from mortice.core.testing.suite import Suite, each, fail, require, skip
 from mortice.core.testing.tiny_models import write_tiny_model
+from mortice.core.testing.watched_opening import MOST_SECONDS, Seen, open_with, see
 
 __all__ = ["LoaderSuite"]
 
-_SECONDS = 2.0
-_SPARE_BYTES = 96 << 20  # reading "at most so much" takes a buffer of so much
 _CUTS, _PLACES = 160, 120
-
-
-@frozen
-class _Seen:
-    """What became of a file: its content when it opened, or why not."""
-
-    content: str = ""
-    error: str = ""
-
-    @property
-    def opened(self) -> bool:
-        return bool(self.content)
 
 
 class LoaderSuite(Suite):
@@ -266,7 +247,7 @@ class LoaderSuite(Suite):
 
         thread = threading.Thread(target=attempt, daemon=True)
         thread.start()
-        thread.join(_SECONDS)
+        thread.join(MOST_SECONDS)
         if not results:
             os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))  # lets it go on
             fail("a named pipe is waited for")
@@ -298,13 +279,7 @@ class LoaderSuite(Suite):
         return self.once("registry", registry_with)
 
     def _open(self, path: Path, options: LoadOptions | None = None) -> object:
-        """What the hook returns; pluggy passes only the arguments that it asks for."""
-        hook = getattr(self.plugin, "mortice_open_model", None)
-        if hook is None:
-            fail("the plugin has no mortice_open_model")
-        offered = {"path": path, "options": options or LoadOptions()}
-        wanted = inspect.signature(hook).parameters
-        return hook(**{name: value for name, value in offered.items() if name in wanted})
+        return open_with(self.plugin, path, options or LoadOptions())
 
     @contextmanager
     def _opened(self, path: Path) -> Iterator[ModelFile]:
@@ -314,52 +289,8 @@ class LoaderSuite(Suite):
         with model:
             yield model
 
-    def _see(self, path: Path, options: LoadOptions | None = None, *, what: str = "") -> _Seen:
-        """Open a file that may be broken, and check all that holds for every outcome."""
-        what = what or path.name
-        nbytes = sum(file.stat().st_size for file in path.parent.rglob("*") if file.is_file())
-        before, started = open_files(), time.perf_counter()
-        tracing = tracemalloc.is_tracing()
-        tracemalloc.start()
-        tracemalloc.reset_peak()
-        held = tracemalloc.get_traced_memory()[0]
-        try:
-            seen = self._content(path, options, what)
-            peak = tracemalloc.get_traced_memory()[1] - held
-        finally:
-            if not tracing:
-                tracemalloc.stop()
-        seconds = time.perf_counter() - started
-        require(seconds < _SECONDS, f"{what}: took {seconds:.1f} s, wanted less than {_SECONDS:g}")
-        most = _SPARE_BYTES + 6 * nbytes
-        require(peak < most, f"{what}: {peak} bytes were allocated for {nbytes} bytes of files")
-        require(open_files() == before, f"{what}: a file is left open")
-        return seen
-
-    def _content(self, path: Path, options: LoadOptions | None, what: str) -> _Seen:
-        try:
-            model = self._open(path, options)
-        except ModelFileError as error:
-            message = str(error)
-            require("\n" not in message, f"{what}: the refusal has several lines: {message!r}")
-            require(str(path.parent) in message, f"{what}: the refusal does not name the file: {message}")
-            return _Seen(error=message)
-        except Exception as error:  # noqa: BLE001 (whatever a broken loader raises is what is looked for)
-            fail(f"{what}: raised {describe(error)}, wanted a ModelFileError")
-        if model is None:
-            return _Seen()
-        faults = list(model_faults(model))
-        require(not faults, f"{what}: {'; '.join(faults)}")
-        assert isinstance(model, ModelFile)
-        digest = hashlib.sha256()
-        with model:
-            for key, value in model.metadata.items():
-                text = repr(list(value)) if not isinstance(value, (bool, int, float, str)) else repr(value)
-                digest.update(f"{key}={text};".encode("utf-8", "backslashreplace"))
-            for view in model.tensors.values():
-                digest.update(f"{view.name!r}{view.shape}{view.qtype}".encode("utf-8", "backslashreplace"))
-                digest.update(view.data.tobytes())
-        return _Seen(content=digest.hexdigest())
+    def _see(self, path: Path, options: LoadOptions | None = None, *, what: str = "") -> Seen:
+        return see(self.plugin, path, options or LoadOptions(), what=what or path.name)
 
     def _expect_refused(self, path: Path, what: str) -> None:
         require(not self._see(path, what=what).opened, f"{what} opens")
@@ -381,7 +312,9 @@ class LoaderSuite(Suite):
         if not home.exists():
             home.mkdir()
             self.sample(home)
-        sample = next(path for path in sorted(home.iterdir()) if self._is_model(path))
+        sample = next((path for path in sorted(home.iterdir()) if self._is_model(path)), None)
+        if sample is None:
+            fail("the sample was declined")
         with self._opened(sample) as model:
             files = [file.relative_to(home) for file in model.files]
         for number, file in enumerate(files):

@@ -15,6 +15,7 @@ from attrs import define, field, frozen
 from numpy.typing import NDArray
 
 from mortice.arch_contracts.schema import Contract, Role
+from mortice.core.contracts import sized
 from mortice.core.errors import ValidationError
 from mortice.core.model.findings import Finding
 from mortice.core.model.hyperparameters import Hyperparameters, resolve_hyperparameters
@@ -28,13 +29,7 @@ from mortice.core.testing.vocabulary import tiny_vocabulary
 __all__ = ["DEFAULT_SIZES", "write_tiny_model"]
 
 DEFAULT_SIZES: Mapping[str, float] = {
-    "num_layers": 2,
-    "hidden_size": 64,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "ffn_size": 128,
-    "context_length": 512,
-    "norm_eps": 1e-5,
+    name: size for name, size in sized.DEFAULT_SIZES.items() if name not in ("vocab_size", "rope_dim")
 }
 """Hyperparameters that are written when neither the caller nor the contract's default says otherwise."""
 

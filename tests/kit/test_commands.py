@@ -188,6 +188,41 @@ def test_what_another_plugin_gives_too_fails_the_check(plugins: Run, installed: 
     assert (code, "no other plugin gives" in out) == (0, False)
 
 
+GREEDY = """
+from mortice.core.errors import ModelFileError
+from mortice.core.model.types import ModelFile
+from mortice.core.plugin.hookspecs import hookimpl
+mortice_contract_version = 1
+@hookimpl
+def mortice_open_model(path):
+    if path.is_dir():
+        raise ModelFileError(path, "a folder, wanted a file")
+    return ModelFile(path=path, format="any", version="1", metadata={}, tensors={}, files=(path,), close=lambda: None)
+"""
+
+
+def test_two_loaders_that_take_the_same_file_are_a_conflict(plugins: Run, installed: Callable[[str], str]) -> None:
+    installed(GREEDY)
+    for name in ("acme", "loaders-gguf"):
+        code, out, _ = plugins("check", name)
+        assert code == 2
+        conflict = "loader:gguf is given by plugin loaders-gguf (mortice) and by plugin acme (acme-for-commands 1.0)"
+        assert f"failed: plugin: no other plugin gives the same: {conflict}" in out
+    assert "loader:none is given by plugin loaders-safetensors (mortice) and by plugin acme" in plugins("list")[2]
+    assert "conflict: loader:gguf with loaders-gguf" in plugins("list")[1]
+    prefer = ["--prefer", "loader:gguf=loaders-gguf", "--prefer", "loader:none=loaders-safetensors"]
+    assert "no other plugin gives" not in plugins("check", "acme", *prefer)[1]
+    assert plugins("check", "loaders-gguf", *prefer)[0] == 0
+
+
+def test_a_plugin_that_ends_the_process_fails_its_check(plugins: Run, installed: Callable[[str], str]) -> None:
+    installed("import os; os._exit(7)")
+    code, out, _ = plugins("check", "acme")
+    assert code == 2
+    assert "failed: plugin: it takes part: importing it ends the process (exit code 7)\n" in out
+    assert plugins("check", "uploads-host")[0] == 0
+
+
 def test_a_loader_is_checked_with_a_sample(plugins: Run, tmp_path: Path) -> None:
     code, out, _ = plugins("check", "loaders-gguf")
     assert code == 0, out
@@ -195,6 +230,9 @@ def test_a_loader_is_checked_with_a_sample(plugins: Run, tmp_path: Path) -> None
     code, _, err = plugins("check", "loaders-gguf", "--sample", tmp_path / "none.gguf")
     assert code == 2
     assert "no such file" in err
+    code, _, err = plugins("check", "loaders-gguf", "--sample", "/dev/zero")
+    assert code == 2
+    assert err.endswith("--sample: /dev/zero: wanted a regular file or a folder (a device)\n")
 
 
 # new --------------------------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def _refuse_what_cannot_be_said(config: Json) -> None:
 def _rope(config: Json, head_dim: int) -> tuple[dict[str, MetadataValue], NDArray[np.float32] | None]:
     """The keys of RoPE's base and scaling, and Llama 3's factors, which are a tensor in GGUF."""
     parameters = _rope_parameters(config)
-    base = config.number("rope_theta", parameters.number("rope_theta", 10000.0) if parameters else 10000.0)
+    base = _rope_base(config, parameters)
     values: dict[str, MetadataValue] = {"rope.freq_base": _float32(base)}
     if parameters is None:
         return values, None
@@ -189,10 +189,25 @@ def _rope(config: Json, head_dim: int) -> tuple[dict[str, MetadataValue], NDArra
     return values, None
 
 
+def _rope_base(config: Json, parameters: Json | None) -> float:
+    """It stands beside the parameters or among them; in both places only if it is the same."""
+    inner = parameters if parameters is not None else Json(config.path, {})
+    base = config.number("rope_theta", inner.number("rope_theta", 10000.0))
+    if inner.number("rope_theta", base) != base:
+        found = f"found {quoted(config.values['rope_theta'])}, and {quoted(inner.values['rope_theta'])}"
+        raise config.error("rope_theta", f"{found} in {inner.place.removesuffix('.')}", "one base")
+    return base
+
+
 def _rope_parameters(config: Json) -> Json | None:
     """RoPE's parameters; where they are given for each type of layer, those that all types share."""
-    name = "rope_parameters" if config.object("rope_parameters") else "rope_scaling"
-    parameters = config.object(name)
+    name, older = "rope_parameters", "rope_scaling"
+    parameters, scaling = config.object(name), config.object(older)
+    if parameters is not None and scaling is not None and parameters.values != scaling.values:
+        found = f"found {quoted(scaling.values)}, and {quoted(parameters.values)} in {name}"
+        raise config.error(older, found, "one of the two")
+    if parameters is None:
+        name, parameters = older, scaling
     if parameters is None:
         return None
     given = {kind: value for kind, value in parameters.values.items() if value is not None}

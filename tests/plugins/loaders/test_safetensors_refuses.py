@@ -298,6 +298,18 @@ def test_two_tensors_that_become_one_are_refused(folder: Path) -> None:
             {"rope_scaling": {"rope_theta": 1, "full_attention": {"rope_theta": 1}}},
             "for 'full_attention', wanted the same for all types of layers",
         ),
+        (
+            {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            "rope_theta: found 10000.0, and 500000.0 in rope_parameters, wanted one base",
+        ),
+        (
+            {"rope_theta": 1e4, "rope_parameters": {"full_attention": {"rope_theta": 5e5}}},
+            "rope_theta: found 10000.0, and 500000.0 in rope_parameters.full_attention, wanted one base",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "default"}},
+            "rope_scaling: found {'type': 'linear', 'factor': 2}, and {'rope_type': 'default'} in rope_parameters",
+        ),
         ({"attention_bias": "yes"}, "attention_bias: found 'yes', wanted true or false"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings is false, but no tensor 'lm_head.weight'"),
     ],

@@ -9,6 +9,7 @@ import pytest
 from attrs import evolve
 
 from mortice.core.testing.tiny_models import write_tiny_model
+from tests.support.registry import install
 from tests.support.tiny import CONTRACTS
 from tests.unit.cli.conftest import Mortice
 
@@ -89,6 +90,37 @@ def test_a_contract_that_cannot_be_had_has_exit_code_2(mortice: Mortice, second:
     ran = mortice("contract", "diff", "llama", second)
     assert (ran.code, ran.out) == (2, "")
     assert len(ran.err.splitlines()) == 1
+
+
+def test_contracts_are_listed_by_name_with_their_architectures(mortice: Mortice) -> None:
+    ran = mortice("contract", "diff", "llama", "nope")
+    assert "have granite, llama, mistral (mistral3), olmo2, phi3, " in ran.err
+    assert mortice("contract", "diff", "mistral", "mistral3").out == "no difference\n"
+
+
+def test_a_name_that_two_contracts_answer_to_is_refused(
+    mortice: Mortice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = """
+from attrs import evolve
+from mortice.arch_contracts.schema import builtin_contracts
+from mortice.core.plugin.hookspecs import hookimpl
+mortice_contract_version = 1
+@hookimpl
+def mortice_arch_contracts():
+    qwen3 = next(contract for contract in builtin_contracts() if contract.name == "qwen3")
+    return [evolve(qwen3, name="llama", architectures=("acme",))]
+"""
+    install(tmp_path, "acme-two-names", {"acme": "acme_two_names"}, source)
+    monkeypatch.syspath_prepend(tmp_path)
+    ran = mortice("contract", "diff", "llama", "qwen3")
+    assert ran.code == 2
+    assert ran.err.endswith(
+        "'llama' is the name or the architecture of several contracts; write archs:llama or acme:llama\n"
+    )
+    found = mortice("contract", "diff", "archs:llama", "acme:llama", "--json").json["differences"]
+    assert {"key": "architectures", "first": "[llama]", "second": "[acme]"} in found
+    assert "llama, llama (acme), mistral (mistral3)" in mortice("contract", "show", "nope").err
 
 
 def test_the_program_of_a_contract_is_shown_for_sizes(mortice: Mortice) -> None:

@@ -198,6 +198,18 @@ def test_fit_says_what_is_needed_and_the_largest_context(mortice: Mortice, tiny:
     assert "largest context that fits: 512 of the model's 512 tokens" in ran.out
 
 
+def test_fit_counts_the_tokens_of_all_sequences(mortice: Mortice, tiny: Path) -> None:
+    one, many = (mortice("fit", tiny, "--context", 128, "--kv-tokens", count, "--json").json for count in (0, 4096))
+    assert (one["kv_tokens"], many["kv_tokens"]) == (128, 4096)
+    assert many["kv_bytes"] == 32 * one["kv_bytes"]
+    asked = ("--context", 128, "--memory-mib", 64)
+    largest = mortice("fit", tiny, *asked, "--json").json["largest_kv_tokens"]
+    codes = [mortice("fit", tiny, *asked, "--kv-tokens", count).code for count in (largest, 2 * largest)]
+    assert codes == [0, 2]
+    text = f"largest KV cache that fits: {largest} tokens of all sequences together"
+    assert text in mortice("fit", tiny, *asked).out
+
+
 def test_fit_as_json_adds_up(mortice: Mortice, tiny: Path) -> None:
     found = mortice("fit", tiny, "--context", 128, "--json").json
     assert found["total_bytes"] == found["weight_bytes"] + found["kv_bytes"] + found["workspace_bytes"]

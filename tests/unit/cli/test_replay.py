@@ -282,11 +282,25 @@ def test_an_edited_record_is_refused_and_not_called_different(
     assert message in ran.err
 
 
+def test_what_is_no_file_is_refused_at_once(mortice: Mortice, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, message in (
+        (tmp_path / "pipe", "wanted a regular file, found a FIFO"),
+        ("/dev/zero", "wanted a regular file, found a device"),
+        (tmp_path, "Is a directory"),
+        ("", "found '', wanted a path"),
+    ):
+        ran = mortice("replay", path)
+        assert ran.code == 2
+        assert message in ran.err
+
+
 def test_a_record_with_a_key_twice_or_a_number_beyond_all_is_refused(mortice: Mortice, record: Path) -> None:
     text = record.read_text()
     for before, after, message in (
         ('"version": 1', '"version": 1, "version": 1', "stands there twice"),
         ('"logprob": -', '"logprob": 1e400, "was": -', "was"),
+        ('"temperature": ', f'"temperature": 1{"0" * 400}, "was": ', "an integer has more than 64 bits"),
     ):
         record.write_text(text.replace(before, after, 1))
         ran = mortice("replay", record)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -201,14 +200,6 @@ def test_a_fault_of_ours_is_one_line_and_a_traceback_only_on_demand(
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "mortice.core.cli", *map(str, arguments)]
-
-
-def test_a_reader_that_goes_away_is_no_error(tiny: Path) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    ran = subprocess.run(command("inspect", tiny), stdout=writer, stderr=subprocess.PIPE, check=False, text=True)
-    os.close(writer)
-    assert (ran.returncode, ran.stderr) == (0, "")
 
 
 def test_a_real_model_answers_as_json_in_a_process_of_its_own() -> None:

@@ -42,6 +42,17 @@ def test_help_and_errors_end_quietly_on_a_full_disk() -> None:
     assert shell("2>/dev/full", "run").returncode == 2
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["validate", "--help"], ["contract", "show", "llama"], ["config", "schema"]]
+)
+def test_a_reader_who_leaves_is_no_failure_of_ours(arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # before the command writes: how much a pipe takes at once does not matter
+    with os.fdopen(writer, "wb") as out:
+        ran = subprocess.run([*COMMAND, *arguments], stdout=out, stderr=subprocess.PIPE, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (141, "")
+
+
 def test_closed_standard_output_takes_everything_and_shows_nothing(tiny: Path) -> None:
     ran = shell(">&-", "run", tiny, "-p", "a", "-n", 1, "-q")
     assert (ran.returncode, ran.stderr) == (0, "")

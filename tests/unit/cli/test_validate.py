@@ -64,6 +64,15 @@ def test_a_folder_without_models_is_refused(mortice: Mortice, tmp_path: Path) ->
     )
 
 
+def test_an_empty_path_is_a_finding_and_the_others_are_validated(mortice: Mortice, tiny: Path) -> None:
+    ran = mortice("validate", "", tiny)
+    assert ran.code == 2
+    assert ran.out.startswith("'': refused\n  '': found no text, wanted a path\n")
+    assert f"{tiny}: valid against contract llama" in ran.out
+    found = mortice("validate", tiny, "", "--json").json
+    assert [(result["path"], result["ok"]) for result in found] == [("''", False), (str(tiny), True)]
+
+
 def test_a_truncated_download_is_named_with_the_bytes_missing(mortice: Mortice, tiny: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(tiny.read_bytes()[:-1000])

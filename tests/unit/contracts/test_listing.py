@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -14,7 +15,7 @@ from mortice.arch_contracts.schema import Contract, parse_contract
 from mortice.core.contracts.listing import parts_of, program_listing
 from mortice.core.contracts.picture import program_picture
 from mortice.core.contracts.sized import program_of_sizes
-from mortice.core.errors import ConfigError, ValidationError
+from mortice.core.errors import ConfigError, ContractError, ValidationError
 from tests.support.tiny import CONTRACTS, program_of, tiny
 
 FAMILIES = sorted((Path(__file__).parent / "families").glob("*.toml"))
@@ -79,6 +80,21 @@ def test_sizes_that_make_no_sense_are_refused() -> None:
         program_of_sizes(LLAMA, {"num_layers": 1e9})
     with pytest.raises(ValidationError, match="head_count_kv"):
         program_of_sizes(LLAMA, {"num_heads": 4, "num_kv_heads": 3})
+
+
+@pytest.mark.parametrize(
+    ("extent", "wanted"),
+    [
+        ("hidden_size / 0", "division by zero"),
+        ("hidden_size * 10 ** 29", "beyond"),
+        ("hidden_size - 1000", "found -936 x 64, wanted 1 to"),
+        ("hidden_size * 10 ** 20", "x 64, wanted 1 to"),
+    ],
+)
+def test_a_weight_without_a_shape_is_refused(extent: str, wanted: str) -> None:
+    up = evolve(LLAMA.layer_roles["ffn_up"], shape=(Expression(extent), Expression("hidden_size")))
+    with pytest.raises(ContractError, match=r"contract llama: .*ffn_up.*" + re.escape(wanted)):
+        program_of_sizes(evolve(LLAMA, layer_roles={**LLAMA.layer_roles, "ffn_up": up}), {})
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -1.0, 0.0, 2.5])

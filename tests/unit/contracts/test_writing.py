@@ -48,8 +48,10 @@ def test_a_note_ends_the_line_of_its_key_even_where_the_value_is_the_default() -
 
 
 def test_texts_with_quotes_and_control_characters_survive() -> None:
-    strange = evolve(LLAMA, description='a "b" \\ \t \x7f é', ignored=("x y",))
-    assert parse_contract(contract_text(strange), "x.toml") == strange
+    strange = evolve(LLAMA, description='a "b" \\ \t \x7f é \u202e \U000e0041', ignored=("x y",))
+    text = contract_text(strange)
+    assert parse_contract(text, "x.toml") == strange
+    assert all(line.isprintable() for line in text.splitlines())
 
 
 def test_contracts_differ_where_one_says_more_or_something_else() -> None:

@@ -85,9 +85,10 @@ def test_a_refusal_by_a_built_in_stays_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_ctrl_c_in_a_hook_is_not_the_plugins_fault() -> None:
-    with pytest.raises(KeyboardInterrupt):
+def test_ctrl_c_in_a_hook_stays_that_and_names_the_plugin() -> None:
+    with pytest.raises(KeyboardInterrupt) as caught:
         make_registry({"mine": plugin_of(mortice_executors=raises(KeyboardInterrupt()))})
+    assert caught.value.__notes__ == ["in plugin mine (given), mortice_executors"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from mortice.core.plugin import registry as registry_module
 from mortice.core.plugin.hookspecs import CONTRACT_VERSION, hookimpl
 from mortice.core.plugin.interfaces import QuantizationType
 from mortice.core.plugin.manager import BUILTIN_PLUGINS, PluginManager, PluginPolicy
+from mortice.core.plugin.trial_import import fatal_plugins
 from tests.support import registry
 from tests.support.registry import install, plugin_of
 
@@ -170,8 +171,30 @@ def test_what_a_package_prints_when_it_is_imported_is_kept_off_standard_output(
 
 def test_ctrl_c_while_a_plugin_is_imported_is_not_swallowed(installed: Install) -> None:
     installed("acme-slow", source="raise KeyboardInterrupt")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         PluginManager.create()
+    assert caught.value.__notes__ == ["while plugin acme-slow (acme-slow 1.0) was imported"]
+
+
+def test_plugins_whose_import_ends_the_process_are_found_and_left_out(installed: Install) -> None:
+    installed("acme-good")
+    installed("acme-loud", source="import sys; print('hello'); sys.exit('no')")  # no more than an exception
+    installed("acme-exit", source="import os; os._exit(0)")
+    installed("acme-kill", source="import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    found = fatal_plugins(PluginPolicy())
+    assert found == {
+        "acme-exit": "importing it ends the process (exit code 0)",
+        "acme-kill": "importing it ends the process (SIGKILL)",
+    }
+    assert fatal_plugins(PluginPolicy(block=("acme-exit", "acme-kill"))) == {}
+    assert fatal_plugins(PluginPolicy(allow=("acme-exit",))).keys() == {"acme-exit"}
+    records = registry_module.survey(unfit=found).manager.records
+    assert {name: record.status for name, record in records.items() if record.source == "entry point"} == {
+        "acme-exit": "failed",
+        "acme-good": "active",
+        "acme-kill": "failed",
+        "acme-loud": "failed",
+    }
 
 
 @pytest.mark.parametrize("policy", [PluginPolicy(strict=True), PluginPolicy(allow=("acme-bad",))])

@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 
 import mortice
 from mortice.core.testing.contract_suite import ContractSuite
-from mortice.core.testing.llamacpp import LlamaCpp, difference, llamacpp_logits, under_architecture
+from mortice.core.testing.llamacpp import difference_from_llamacpp, llamacpp_logits, under_architecture
 from mortice.core.testing.tiny_models import write_tiny_model
 
 (CONTRACT,) = mortice_arch_contracts()
 IDS = [7, 301, 12, 12, 450, 3, 77, 128] * 8
-VOCABULARY = 512  # of a tiny model
 
 
 class TestConformance(ContractSuite):
@@ -38,10 +37,7 @@ class TestConformance(ContractSuite):
 )
 def test_log_probabilities_are_those_of_llamacpp(arguments: dict[str, Any], tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "model.gguf", CONTRACT, **arguments)
-    with LlamaCpp(under_architecture(path, "olmo2")) as llama:
-        rows = [llama.after(IDS[: place + 1], VOCABULARY) for place in range(len(IDS))]
-    with mortice.load(path, executor="reference") as pipeline:
-        found = difference(rows, pipeline.logits(IDS))
+    found = difference_from_llamacpp(path, IDS, under_architecture(path, "olmo2"))
     assert found.mean <= 1e-3
     assert found.worst <= 1e-2
 

@@ -16,13 +16,12 @@ from mortice.core.errors import DeviceError
 from mortice.core.model.types import TensorView
 from mortice.core.plugin.registry import make_registry
 from mortice.core.testing.gguf_files import expand_to_f32
-from mortice.core.testing.llamacpp import Difference, LlamaCpp, difference
+from mortice.core.testing.llamacpp import difference_from_llamacpp
 from mortice.core.testing.qtype_suite import QTypeSuite
 from mortice.core.testing.tiny_models import write_tiny_model
 
 LLAMA = next(contract for contract in builtin_contracts() if contract.name == "llama")
 IDS = [7, 301, 12, 12, 450, 3, 77, 128] * 8
-VOCABULARY = 512  # of a tiny model
 
 
 @pytest.fixture
@@ -48,13 +47,6 @@ def expanded(path: Path) -> Path:
         return expand_to_f32(file, path.with_suffix(".f32.gguf"), values)
 
 
-def compared(path: Path, oracle: Path) -> Difference:
-    with LlamaCpp(oracle) as llama:
-        rows = [llama.after(IDS[: place + 1], VOCABULARY) for place in range(len(IDS))]
-    with mortice.load(path, executor="reference") as pipeline:
-        return difference(rows, pipeline.logits(IDS))
-
-
 class TestConformance(QTypeSuite):
     """Reference, planes and header held against each other: on the CPU, and on a GPU where there is one."""
 
@@ -73,7 +65,7 @@ def test_values_by_hand() -> None:
 
 
 def test_log_probabilities_are_those_of_llamacpp(model: Path) -> None:
-    exact = compared(model, expanded(model))
+    exact = difference_from_llamacpp(model, IDS, expanded(model))
     assert exact.mean <= 1e-3
     assert exact.worst <= 1e-2
 
@@ -94,4 +86,4 @@ def test_the_cuda_executor_agrees_with_the_reference(model: Path, activations: s
 
 def test_llamacpp_reads_the_same_values_from_the_same_bytes(model: Path) -> None:
     """It rounds activations to 8 bits, so this is near; another order of the bits would be far."""
-    assert compared(model, model).mean <= 0.3
+    assert difference_from_llamacpp(model, IDS).mean <= 0.3
