@@ -40,6 +40,7 @@ from mortice.core.stages import (
     runtime_settings,
     supports,
     validate_opened,
+    wake_executor,
 )
 from mortice.core.text.generation import Piece
 from mortice.core.text.params import GenerationParams, SamplingParams
@@ -68,6 +69,7 @@ def prepare(config: RunConfig, registry: Registry | None = None, *, require_fit:
 
     """
     registry = registry or registry_for(config)
+    wake_executor(registry, config.executor.name)
     return prepare_opened(config, registry, open_file(registry, config.model.path), require_fit=require_fit)
 
 

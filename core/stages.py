@@ -17,7 +17,7 @@ from mortice.core.model.types import DeviceInfo, ModelFile
 from mortice.core.model.validation import ValidatedModel, ValidationReport, validate
 from mortice.core.model.weight_plan import FitReport, WeightPlan, fit_report, plan_weights
 from mortice.core.plugin.events import ModelOpened, ModelValidated, WeightsPlanned
-from mortice.core.plugin.interfaces import Executor, RuntimeSettings, UploadStrategy
+from mortice.core.plugin.interfaces import Executor, RuntimeSettings, UploadStrategy, Wakes
 from mortice.core.plugin.manager import PluginPolicy
 from mortice.core.plugin.registry import Registry, make_registry
 from mortice.core.text_file import read_small_text
@@ -132,6 +132,17 @@ def choose_executor(registry: Registry, name: str) -> tuple[Executor, DeviceInfo
     return executor, executor.device(), why
 
 
+def wake_executor(registry: Registry, name: str) -> None:
+    """Let the executor that `choose_executor` will try first bring its device up while the file is read."""
+    first = "cuda" if name == "auto" else name
+    if first not in registry.executors:
+        return
+    executor = registry.executor(first)
+    if isinstance(executor, Wakes):
+        with registry.naming(executor, "wake"):
+            executor.wake()
+
+
 def choose_upload(registry: Registry, executor: Executor, device: DeviceInfo, name: str) -> UploadStrategy:
     """The upload strategy, which has to serve the executor's kind of device."""
     strategy = registry.upload(executor.default_upload() if name == "auto" else name)
@@ -148,11 +159,17 @@ def runtime_settings(config: RunConfig, program: Program) -> RuntimeSettings:
     context = config.executor.context or min(program.context_length, _DEFAULT_CONTEXT)
     if context > program.context_length:
         raise ConfigError(f"executor.context: found {context}, the model was made for at most {program.context_length}")
+    if 0 < config.executor.kv_tokens < context:
+        raise ConfigError(
+            f"executor.kv_tokens: found {config.executor.kv_tokens}, wanted at least the {context} of executor.context"
+        )
     return RuntimeSettings(
         context_length=context,
         kv_type=config.executor.kv,
         activations=config.executor.activations,
         step_tokens=config.executor.step_tokens,
+        kv_tokens=config.executor.kv_tokens,
+        prefix_cache=config.executor.prefix_cache,
     )
 
 
@@ -200,7 +217,8 @@ def plan_and_fit(
             plan,
             device,
             settings.context_length,
-            kv_bytes=lambda context: executor.kv_bytes(program, evolve(settings, context_length=context)),
+            kv_tokens=settings.kv_tokens,
+            kv_bytes=lambda tokens: executor.kv_bytes(program, evolve(settings, context_length=tokens, kv_tokens=0)),
             workspace_bytes=lambda context: executor.workspace_bytes(program, evolve(settings, context_length=context)),
             available_bytes=limit,
         )

@@ -116,6 +116,8 @@ class Intake(Protocol):
     def pin(self, nbytes: int) -> PinnedBuffer:
         """Pinned host memory, to be closed by the caller.
 
+        A device may pin it when it was filled, at the first `send` from it.
+
         Raises:
             DoesNotFitError: when it is not there.
 
@@ -140,6 +142,10 @@ class Intake(Protocol):
         """Queue rows, each part in one piece of pinned memory, to be copied and laid out.
 
         From other memory it works too, and returns once the bytes have left it.
+
+        Raises:
+            DoesNotFitError: when memory that `pin` gave cannot be pinned.
+
         """
         ...
 

@@ -106,11 +106,10 @@ def _symbols(vocabulary: Vocabulary) -> tuple[dict[str, int], list[str], dict[st
 
 def _matchable(vocabulary: Vocabulary) -> dict[str, int]:
     """Tokens that plain text may become. Never control tokens: text must not be able to spell one."""
-    hidden = {TokenType.CONTROL, TokenType.UNKNOWN}
+    hidden = {int(TokenType.CONTROL), int(TokenType.UNKNOWN)}  # plain numbers, for there are many to compare
     ids = dict(vocabulary.ids)
-    for token, kind in enumerate(vocabulary.types):
-        if kind in hidden:
-            ids.pop(vocabulary.tokens[token], None)
+    for token in [token for token, kind in enumerate(vocabulary.types) if kind in hidden]:
+        ids.pop(vocabulary.tokens[token], None)
     return ids
 
 

@@ -256,11 +256,11 @@ def _pre_tokenizer(reader: _Reader) -> PreTokenizer:
 
 
 def _index(tokens: Sequence[str]) -> dict[str, int]:
-    longest = max(range(len(tokens)), key=lambda token: len(tokens[token]))
-    if len(tokens[longest]) > MAX_TOKEN_CHARS:
-        found = len(tokens[longest])
+    longest = max(map(len, tokens))
+    if longest > MAX_TOKEN_CHARS:
+        token = next(token for token, text in enumerate(tokens) if len(text) == longest)
         raise TokenizerError(
-            f"{PREFIX}tokens: token {longest} has {found} characters, wanted at most {MAX_TOKEN_CHARS}"
+            f"{PREFIX}tokens: token {token} has {longest} characters, wanted at most {MAX_TOKEN_CHARS}"
         )
     ids = dict(zip(tokens, range(len(tokens)), strict=True))
     ids.pop("", None)

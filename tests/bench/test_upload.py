@@ -13,6 +13,7 @@ from mortice.core.config import ExecutorConfig, ModelConfig, RunConfig, UploadCo
 from mortice.core.errors import UnsupportedError
 from mortice.core.model.residency import ResidentWeights
 from mortice.core.pipeline import Pipeline, prepare
+from mortice.core.plugin.interfaces import Prepares
 from mortice.core.synth.model import synth_model, write_model
 from mortice.plugins.uploads.device import mortice_upload_strategies
 from tests.support.cuda import needs_gpu, needs_nvrtc
@@ -44,9 +45,11 @@ def test_upload_of_a_file_in_the_page_cache(benchmark: BenchmarkFixture, name: s
     with ExitStack() as stack:
 
         def fresh() -> tuple[tuple[Pipeline, ResidentWeights], dict[str, object]]:
-            """The file newly mapped, as in a new process: its pages are touched for the first time."""
+            """What a new process has when an upload begins: the file newly mapped, kernels and pinned memory ready."""
             stack.close()
             pipeline = stack.enter_context(prepare(config))
+            assert isinstance(pipeline.executor, Prepares)
+            pipeline.executor.prepare(pipeline.plan, pipeline.settings)
             arena = pipeline.executor.allocate(pipeline.plan.arena_bytes)
             stack.callback(arena.close)
             return (pipeline, ResidentWeights(plan=pipeline.plan, arena=arena)), {}

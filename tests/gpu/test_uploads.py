@@ -109,8 +109,9 @@ def on_the_card(plan: WeightPlan, executor: CudaExecutor) -> Iterator[ResidentWe
 
 @pytest.fixture
 def small_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What one send carries is less than a weight."""
+    """What one send carries is less than a weight, and several threads read it."""
     monkeypatch.setattr("mortice.plugins.executors.cuda.arena._LANE_BYTES", 1 << 17)
+    monkeypatch.setattr("mortice.plugins.uploads.device.pinned._PIECE_BYTES", 1 << 15)
 
 
 def bytes_on_the_card(resident: ResidentWeights) -> NDArray[np.uint8]:

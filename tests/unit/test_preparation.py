@@ -9,7 +9,10 @@ import pytest
 
 from mortice.core.config import ExecutorConfig, ModelConfig, RunConfig
 from mortice.core.errors import PluginError
+from mortice.core.model.types import ModelFile
 from mortice.core.pipeline import Pipeline, prepare
+from mortice.core.plugin.registry import Registry
+from mortice.core.stages import open_file
 from mortice.plugins.executors.reference.executor import ReferenceExecutor
 from tests.support.registry import like_reference, make_registry, plugin_of
 from tests.support.tiny import tiny
@@ -39,6 +42,30 @@ def test_an_executor_prepares_once_before_it_allocates(tmp_path: Path) -> None:
             ("prepare", (pipeline.plan, pipeline.settings)),
             ("allocate", pipeline.plan.arena_bytes),
         ]
+
+
+def test_an_executor_is_woken_before_the_file_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def opened(registry: Registry, path: Path) -> ModelFile:
+        calls.append("open")
+        return open_file(registry, path)
+
+    def device(executor: ReferenceExecutor) -> Any:
+        calls.append("device")
+        return ReferenceExecutor.device(executor)
+
+    monkeypatch.setattr("mortice.core.pipeline.open_file", opened)
+    with pipeline_with(tmp_path, wake=lambda _: calls.append("wake"), device=device):
+        assert calls[:3] == ["wake", "open", "device"]
+
+
+def test_an_executor_that_cannot_be_woken_is_named(tmp_path: Path) -> None:
+    def refuse(_: ReferenceExecutor) -> None:
+        raise RuntimeError("let me sleep")
+
+    with pytest.raises(PluginError, match=r"plugin given.*wake.*let me sleep"):
+        pipeline_with(tmp_path, wake=refuse)
 
 
 def test_what_fails_in_preparation_fails_before_the_upload(tmp_path: Path) -> None:

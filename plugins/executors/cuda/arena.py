@@ -11,15 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
-from mmap import MADV_HUGEPAGE, PAGESIZE, mmap
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
 
 import numpy as np
 from attrs import define, field, frozen
 from numpy.typing import NDArray
 
-from mortice.core.errors import DoesNotFitError, UnsupportedError
+from mortice.core.errors import UnsupportedError
 from mortice.core.model.residency import PinnedBuffer, RawRows
 from mortice.core.model.weight_plan import ALIGNMENT, PlannedWeight, WeightPlan
 from mortice.core.plugin.interfaces import QuantizationType
@@ -31,18 +31,20 @@ from mortice.plugins.executors.cuda.flatten import flatten
 from mortice.plugins.executors.cuda.layouts import TileGeometry, TileLayout, tile_geometry
 from mortice.plugins.executors.cuda.memory import DeviceBuffer, RegisteredHost
 from mortice.plugins.executors.cuda.module import Function, Int, Launch, Module, Pointer
-from mortice.plugins.executors.cuda.nvrtc import Source
+from mortice.plugins.executors.cuda.nvrtc import Compiled, Source
 from mortice.plugins.executors.cuda.sources import OPS
+from mortice.plugins.executors.cuda.staging import StagingBuffer, StagingPool
 from mortice.plugins.executors.cuda.stream import Event, Stream
 
-__all__ = ["CudaArena", "CudaIntake", "repack_source"]
+__all__ = ["CudaArena", "CudaIntake", "begin_staging", "repack_source", "repack_sources"]
 
-_LANES = 12
-_LANE_BYTES = 8 << 20
+_LANES = 4
+_LANE_BYTES = 16 << 20
 """So many that the link always has something to do, and each long enough to hide what queueing costs."""
-_HUGE_PAGE = 2 << 20
 _THREADS = 256  # of a block, as in ops/repack.cu
 _BLOCKS_PER_SM = 8
+_STAGED = 6
+"""Lanes whose bytes host memory is made ready for."""
 
 
 @define(eq=False)
@@ -52,6 +54,10 @@ class CudaArena:
     device: Device
     buffer: DeviceBuffer
     stream: Stream
+    code: Mapping[Source, Compiled] = field(factory=dict, repr=False)
+    """Code for laying weights out that is compiled already."""
+    staging: StagingPool | None = field(default=None, repr=False)
+    """Pinned memory that was made ready for the first upload, and is let go after it."""
     kind: str = "cuda"
 
     @property
@@ -71,13 +77,18 @@ class CudaArena:
 
     @contextmanager
     def receive(self, plan: WeightPlan) -> Iterator[CudaIntake]:
-        tiled = {index: _Tiled.of(planned) for index, planned in enumerate(plan.weights)}
-        weights = {index: weight for index, weight in tiled.items() if weight is not None}
         with ExitStack() as stack:
-            yield _open_intake(self, weights, stack)
+            stack.callback(self._let_staging_go)
+            yield _open_intake(self, _tiled(plan), stack)
+
+    def _let_staging_go(self) -> None:
+        if self.staging is not None:
+            self.staging.close()
+            self.staging = None
 
     def close(self) -> None:
         self.device.make_current()
+        self._let_staging_go()
         self.buffer.close()
         self.stream.close()
 
@@ -113,6 +124,26 @@ class _Tiled:
         return self.offset + row // self.tile_rows * self.group_bytes
 
 
+def begin_staging(device: Device, plan: WeightPlan) -> StagingPool | None:
+    """Begin to make memory ready for an upload of `plan`; None for a device that cannot pin what is there."""
+    if not device.properties.host_register:
+        return None
+    nbytes = sum(planned.source_bytes for planned in plan.weights if planned.tensor.make is None)
+    return StagingPool.begin(device, _LANE_BYTES, min(_STAGED, -(-nbytes // _LANE_BYTES)))
+
+
+def _tiled(plan: WeightPlan) -> dict[int, _Tiled]:
+    """The weights of a plan that the card lays out."""
+    tiled = ((index, _Tiled.of(planned)) for index, planned in enumerate(plan.weights))
+    return {index: weight for index, weight in tiled if weight is not None}
+
+
+def repack_sources(plan: WeightPlan) -> set[Source]:
+    """All that lays the weights of a plan out."""
+    tilings = {weight.tiling: weight for weight in _tiled(plan).values()}
+    return {repack_source(weight.type, weight.geometry) for weight in tilings.values()}
+
+
 def repack_source(type_: QuantizationType, geometry: TileGeometry) -> Source:
     """What brings rows of a type into tiles, see ``ops/repack.cu``."""
     assert type_.traits is not None, f"{type_.qtype.name} lies in tiles and has no traits"
@@ -135,7 +166,7 @@ def _open_intake(arena: CudaArena, weights: Mapping[int, _Tiled], stack: ExitSta
     """An intake whose parts are given back by `stack`."""
     device = arena.device
     device.make_current()
-    kernels = _Kernels(device, {weight.tiling: weight for weight in weights.values()})
+    kernels = _Kernels(device, {weight.tiling: weight for weight in weights.values()}, arena.code)
     stack.callback(kernels.close)
     largest = max((weight.group_bytes for weight in weights.values()), default=0)
     capacity = max(_LANE_BYTES, -(-largest // ALIGNMENT) * ALIGNMENT)
@@ -159,6 +190,7 @@ class _Kernels:
 
     _device: Device
     _tilings: Mapping[Tiling, _Tiled]
+    _code: Mapping[Source, Compiled]
     _modules: list[Module] = field(factory=list, init=False)
     _loading: Future[dict[Tiling, Function]] = field(init=False)
     _pool: ThreadPoolExecutor = field(init=False)
@@ -169,9 +201,11 @@ class _Kernels:
 
     def _load(self) -> dict[Tiling, Function]:
         sources = {tiling: repack_source(weight.type, weight.geometry) for tiling, weight in self._tilings.items()}
-        build = compile_all(sources.values(), self._device.arch, cache=KernelCache())
+        code = self._code
+        if missing := [source for source in sources.values() if source not in code]:
+            code = {**code, **compile_all(missing, self._device.arch, cache=KernelCache()).kernels}
         for source in sources.values():
-            self._modules.append(self._device.load(build.kernels[source].cubin))
+            self._modules.append(self._device.load(code[source].cubin))
         return {tiling: module.function("repack") for tiling, module in zip(sources, self._modules, strict=True)}
 
     def of(self, tiling: Tiling) -> Function:
@@ -232,33 +266,6 @@ class _Copied:
 
 
 @define(eq=False)
-class _HugePages:
-    """Memory of huge pages where the system has some, pinned until `close`.
-
-    What `cuMemHostAlloc` gives is faulted in and pinned by small pages, which takes half a second a gigabyte, and two
-    threads that ask for it wait for each other.
-    """
-
-    array: NDArray[np.uint8]
-    _registered: RegisteredHost
-
-    @classmethod
-    def pinned(cls, device: Device, nbytes: int) -> _HugePages:
-        memory = mmap(-1, nbytes + _HUGE_PAGE)
-        with suppress(OSError):  # a kernel without huge pages
-            memory.madvise(MADV_HUGEPAGE)
-        whole = np.frombuffer(memory, np.uint8)
-        start = -whole.ctypes.data % _HUGE_PAGE
-        array = whole[start : start + nbytes]
-        array[::PAGESIZE] = 0  # by this thread, beside the others; the driver would do it for one at a time
-        return cls(array, device.register_host(array.ctypes.data, nbytes))
-
-    def close(self) -> None:
-        self._registered.close()
-        self.array = self.array[:0].copy()
-
-
-@define(eq=False)
 class CudaIntake:
     """Made by `CudaArena.receive`; it fits the protocol `Intake`."""
 
@@ -268,6 +275,9 @@ class CudaIntake:
     capacity: int
     _free: SimpleQueue[_Lane] = field(factory=SimpleQueue, init=False)
     """Lanes that no thread is queueing on. What they were given before need not be done."""
+    _unpinned: list[StagingBuffer] = field(factory=list, init=False)
+    """Memory that nothing was sent from yet."""
+    _lock: Lock = field(factory=Lock, init=False)
 
     def __attrs_post_init__(self) -> None:
         for lane in self._lanes:
@@ -281,10 +291,14 @@ class CudaIntake:
         device = self._arena.device
         if not device.properties.host_register:
             return device.allocate_host(nbytes)
-        try:
-            return _HugePages.pinned(device, -(-nbytes // PAGESIZE) * PAGESIZE)
-        except (OSError, CudaError) as error:
-            raise DoesNotFitError(f"{nbytes:,} bytes of pinned host memory are not there: {error}") from error
+        staging = self._arena.staging
+        ready = staging.take(nbytes) if staging is not None else None
+        if ready is not None:
+            return ready
+        buffer = StagingBuffer.of(device, nbytes)
+        with self._lock:
+            self._unpinned.append(buffer)
+        return buffer
 
     def register(self, address: int, nbytes: int, *, read_only: bool) -> RegisteredHost:
         device = self._arena.device
@@ -301,6 +315,7 @@ class CudaIntake:
 
     def send(self, rows: Sequence[RawRows]) -> _Copied:
         self._arena.device.make_current()
+        self._pin_new(rows)
         lane = self._free.get()
         try:
             places = self._copy(rows, lane)
@@ -314,6 +329,16 @@ class CudaIntake:
         finally:
             self._free.put(lane)
         return _Copied(lane.copied)
+
+    def _pin_new(self, rows: Sequence[RawRows]) -> None:
+        """Pin what `pin` gave, when it was filled for the first time."""
+        if not self._unpinned:
+            return
+        with self._lock:
+            for buffer in list(self._unpinned):
+                if any(buffer.holds(part.data.ctypes.data) for part in rows):
+                    buffer.pin()
+                    self._unpinned.remove(buffer)
 
     def _copy(self, rows: Sequence[RawRows], lane: _Lane) -> list[int]:
         """Queue copies into a lane; where each part lies there. Parts that will lie there as they do here go as one."""

@@ -79,7 +79,11 @@ def compile_all(
             if (found := cache.get(key)) is not None:
                 kernels[source] = found
     cached = len(kernels)
-    missing = [source for source in wanted if source not in kernels]
+    missing = sorted(
+        (source for source in wanted if source not in kernels),
+        key=lambda source: (len(source.text), source.flags),
+        reverse=True,  # what takes longest first, so that no thread is left with it at the end
+    )
     if missing:
 
         def compile_one(source: Source) -> Compiled:

@@ -75,6 +75,9 @@ class _Flattener:
         self.lines.append(f'#line 1 "{name}"')
         in_comment, depth = False, 0
         for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
+            if not in_comment and "#" not in line and "/*" not in line:  # most lines
+                self.lines.append(line)
+                continue
             began_in_comment = in_comment
             code, in_comment = _without_comments(line, in_comment)
             directive = _DIRECTIVE.match(code)

@@ -49,6 +49,7 @@ def run_crew(
     threads: int,
     name: str,
     done: Callable[[Done], None],
+    started: Callable[[], None] | None = None,
     stop: Callable[[], None] | None = None,
 ) -> None:
     """Run `work` on each of `threads` threads until the jobs are used up.
@@ -62,6 +63,7 @@ def run_crew(
         threads: how many.
         name: theirs, with a number.
         done: called on the calling thread.
+        started: called on the calling thread when all threads run.
         stop: called when no more jobs are given out, to let threads go that wait for something else.
 
     """
@@ -81,6 +83,8 @@ def run_crew(
     try:
         for thread in crew:
             thread.start()
+        if started is not None:
+            started()
         running = threads
         while running:
             report = reports.get()

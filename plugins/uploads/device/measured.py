@@ -104,23 +104,28 @@ class _Left:
 
     def __init__(self, rows: Sequence[RawRows], arrived: Arrived) -> None:
         self.nbytes = sum(part.data.nbytes for part in rows)
-        self._weights = {part.index: part for part in rows}
-        self._open = {part.index: np.ones(len(part.data), np.bool_) for part in rows}
+        self._rows = rows
         self._arrived = arrived
+        self._parts: list[RawRows] = []
 
     def arrived(self, parts: Sequence[RawRows]) -> None:
-        for part in parts:
-            start = part.row_start - self._weights[part.index].row_start
-            self._open[part.index][start : start + len(part.data)] = False
-            self.nbytes -= part.data.nbytes
+        self._parts += parts
+        self.nbytes -= sum(part.data.nbytes for part in parts)
         self._arrived(parts)
 
     def rows(self) -> list[RawRows]:
         """Those left, in their order, neighbours together."""
+        if not self._parts:  # most often: the first way is also the last
+            return list(self._rows)
+        missing = {part.index: np.ones(len(part.data), np.bool_) for part in self._rows}
+        first = {part.index: part.row_start for part in self._rows}
+        for part in self._parts:
+            start = part.row_start - first[part.index]
+            missing[part.index][start : start + len(part.data)] = False
         left = []
-        for index, weight in self._weights.items():
-            edges = np.flatnonzero(np.diff(self._open[index], prepend=False, append=False))
+        for weight in self._rows:
+            edges = np.flatnonzero(np.diff(missing[weight.index], prepend=False, append=False))
             for start, stop in edges.reshape(-1, 2).tolist():
                 row_start = weight.row_start + start
-                left.append(RawRows(index=index, row_start=row_start, data=weight.data[start:stop]))
+                left.append(RawRows(index=weight.index, row_start=row_start, data=weight.data[start:stop]))
         return left

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -10,7 +11,7 @@ from attrs import define, field
 from numpy.typing import NDArray
 
 from mortice.core.errors import PluginError, UnsupportedError
-from mortice.core.model.residency import DeviceArena, Intake, RawRows, ResidentWeights
+from mortice.core.model.residency import Arena, DeviceArena, Intake, RawRows, ResidentWeights
 from mortice.core.model.weight_plan import PlannedWeight, WeightPlan
 from mortice.core.plugin.events import UploadProgress
 from mortice.core.plugin.interfaces import Emit
@@ -78,22 +79,20 @@ def upload_by(way: Way, resident: ResidentWeights, emit: Emit) -> int:
             told = done
             emit(UploadProgress(strategy=way.name, done_bytes=done, total_bytes=total))
 
-    with arena.receive(resident.plan) as intake:
-        rows, made = [], []
+    with arena.receive(resident.plan) as intake, ThreadPoolExecutor(1, "mortice-upload-host") as beside:
+        rows, made, own = [], [], []
         for index, planned in missing:
-            raw = intake.row_step(index) is not None
-            if raw and planned.tensor.make is not None:
+            if intake.row_step(index) is None:
+                own.append((index, planned))
+            elif planned.tensor.make is not None:
                 made.append(index)
-                continue
-            part = RawRows(index=index, row_start=0, data=planned.source())
-            if raw:
-                rows.append(part)
-                continue
-            arena.write(planned.offset, _laid_out(planned, part.data))
-            arrived([part])
+            else:
+                rows.append(RawRows(index=index, row_start=0, data=planned.source()))
+        written = beside.submit(_write, arena, own)  # small, and many: they would keep the rows waiting
         if rows:
             way.move(resident, intake, rows, arrived)
         send_made(resident.plan, intake, made, arrived)
+        arrived(written.result())
         intake.finish()
     for index, _ in missing:
         resident.mark(index)
@@ -128,6 +127,16 @@ def send_made(plan: WeightPlan, intake: Intake, indices: Sequence[int], arrived:
 def _place_in_file(planned: PlannedWeight) -> tuple[str, int, int]:
     """Reading in the order of the file is fastest where it has to come from a disk."""
     return str(planned.tensor.path), planned.tensor.offset, planned.weight.row_start
+
+
+def _write(arena: Arena, weights: Sequence[tuple[int, PlannedWeight]]) -> list[RawRows]:
+    """Lay out on the host what the device does not, and write it; what has arrived."""
+    done = []
+    for index, planned in weights:
+        source = planned.source()
+        arena.write(planned.offset, _laid_out(planned, source))
+        done.append(RawRows(index=index, row_start=0, data=source))
+    return done
 
 
 def _laid_out(planned: PlannedWeight, source: NDArray[np.uint8]) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:

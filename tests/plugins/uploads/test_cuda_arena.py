@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
@@ -12,17 +13,18 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from attrs import evolve
+from numpy.typing import NDArray
 
 from mortice.core.errors import DoesNotFitError, UnsupportedError
 from mortice.core.model.residency import RawRows, ResidentWeights
 from mortice.core.model.weight_plan import ALIGNMENT, WeightPlan
 from mortice.plugins.executors.cuda import arena as arena_module
-from mortice.plugins.executors.cuda.arena import CudaArena, repack_source
+from mortice.plugins.executors.cuda.arena import CudaArena, begin_staging, repack_source, repack_sources
 from mortice.plugins.executors.cuda.device import Device, open_device
 from mortice.plugins.executors.cuda.errors import CudaError
 from mortice.plugins.executors.cuda.layouts import TileLayout, tile_geometry
 from mortice.plugins.executors.cuda.module import Int, Pointer
-from mortice.plugins.executors.cuda.nvrtc import compile_cubin
+from mortice.plugins.executors.cuda.nvrtc import Compiled, Source, compile_cubin
 from mortice.plugins.uploads.device import mortice_upload_strategies
 from tests.plugins.uploads.fakes import open_model, plan_for_cuda
 from tests.support.cuda import FakeDriverApi, needs_nvrtc
@@ -131,6 +133,25 @@ def test_a_part_of_a_weight_is_laid_out_behind_the_part_before_it(
     assert arguments == [(ring, start, groups), (ring + data.nbytes // 2, start + planned.nbytes // 2, groups)]
 
 
+def test_code_that_was_compiled_before_is_taken(
+    api: FakeDriverApi, arena: CudaArena, plan: WeightPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[Source] = []
+
+    def compile_all(sources: Iterable[Source], *_: Any, **__: Any) -> Any:
+        compiled.extend(sources)
+        return SimpleNamespace(kernels={source: SimpleNamespace(cubin=b"late") for source in compiled})
+
+    monkeypatch.setattr(arena_module, "compile_all", compile_all)
+    first, *others = sorted(repack_sources(plan), key=str)
+    assert others
+    arena.code = {source: cast(Compiled, SimpleNamespace(cubin=b"early")) for source in others}
+    with arena.receive(plan):
+        pass
+    assert compiled == [first]
+    assert sorted(api.called("cuModuleLoadData")) == sorted([[b"late"], *([b"early"] for _ in others)])
+
+
 def test_vectors_are_left_to_the_host(arena: CudaArena, plan: WeightPlan) -> None:
     with arena.receive(plan) as intake:
         for index, planned in enumerate(plan.weights):
@@ -167,7 +188,7 @@ def test_no_room_for_bytes_in_passing_is_said_before_anything_is_pinned(
     api: FakeDriverApi, arena: CudaArena, plan: WeightPlan
 ) -> None:
     api.failures["cuMemAlloc"] = 2
-    with pytest.raises(DoesNotFitError, match=r"100,663,296 bytes of device memory needed"), arena.receive(plan):
+    with pytest.raises(DoesNotFitError, match=r"67,108,864 bytes of device memory needed"), arena.receive(plan):
         pass
     assert not api.called("cuMemHostAlloc")
 
@@ -195,18 +216,95 @@ def test_memory_that_the_driver_refuses_to_register_is_named(
         intake.register(1 << 20, 4096, read_only=True)
 
 
-def test_pinned_memory_can_be_filled_and_is_given_back_once(
+def rows_in(memory: NDArray[np.uint8], plan: WeightPlan) -> RawRows:
+    """The first rows that a card lays out, as though they had been read into `memory`."""
+    index, planned = next((i, p) for i, p in enumerate(plan.weights) if isinstance(p.layout, TileLayout))
+    rows = tile_geometry(planned.tensor.qtype, planned.rows, planned.columns).tile_rows
+    row_bytes = planned.source().shape[1]
+    return RawRows(index=index, row_start=0, data=memory[: rows * row_bytes].reshape(rows, row_bytes))
+
+
+def test_pinned_memory_can_be_filled_is_pinned_when_it_is_sent_from_and_is_given_back_once(
+    api: FakeDriverApi, arena: CudaArena, plan: WeightPlan
+) -> None:
+    with arena.receive(plan) as intake:
+        buffer, other = intake.pin(10_000), intake.pin(10_000)
+        assert buffer.array.nbytes >= 10_000
+        assert buffer.array.ctypes.data % 4096 == 0
+        buffer.array[:] = 7
+        assert not api.called("cuMemHostRegister")
+        for _ in range(2):
+            intake.send([rows_in(buffer.array, plan)]).wait()
+            assert api.called("cuMemHostRegister") == [[buffer.array.ctypes.data, 12288, 3]]  # whole pages
+        for memory in (buffer, buffer, other):
+            memory.close()
+    check_given_back(api)
+
+
+def test_memory_at_the_place_of_memory_that_was_let_go_is_not_taken_for_it(
     api: FakeDriverApi, arena: CudaArena, plan: WeightPlan
 ) -> None:
     with arena.receive(plan) as intake:
         buffer = intake.pin(10_000)
-        assert buffer.array.nbytes >= 10_000
-        assert buffer.array.ctypes.data % 4096 == 0
-        assert api.called("cuMemHostRegister") == [[buffer.array.ctypes.data, 12288, 3]]  # whole pages
-        buffer.array[:] = 7
+        memory = buffer.array
         buffer.close()
-        buffer.close()
+        intake.send([rows_in(memory, plan)]).wait()
+    assert not api.called("cuMemHostRegister")
+
+
+def test_memory_made_ready_is_what_an_upload_takes_first_and_what_is_left_is_given_back(
+    api: FakeDriverApi, arena: CudaArena, plan: WeightPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arena_module, "_LANE_BYTES", 1 << 18)
+    arena.staging = begin_staging(arena.device, plan)
+    assert arena.staging is not None
+    arena.staging._thread.join()
+    ready = len(api.called("cuMemHostRegister"))
+    assert ready == arena_module._STAGED
+    with arena.receive(plan) as intake:
+        assert intake.pin(intake.capacity + 1).close() is None  # larger than those made ready
+        buffers = [intake.pin(intake.capacity) for _ in range(ready - 1)]
+        intake.send([rows_in(buffers[0].array, plan)]).wait()
+        for buffer in buffers:
+            buffer.close()
+    assert len(api.called("cuMemHostRegister")) == ready
     check_given_back(api)
+    assert arena.staging is None
+
+
+def test_an_arena_that_nothing_was_uploaded_to_gives_back_what_was_made_ready(
+    api: FakeDriverApi, arena: CudaArena, plan: WeightPlan
+) -> None:
+    arena.staging = begin_staging(arena.device, plan)
+    arena.close()
+    assert len(api.called("cuMemHostRegister")) == len(api.called("cuMemHostUnregister"))
+
+
+def test_memory_that_cannot_be_made_ready_is_no_reason_to_fail_yet(
+    api: FakeDriverApi, arena: CudaArena, plan: WeightPlan
+) -> None:
+    api.failures["cuMemHostRegister"] = 2
+    arena.staging = begin_staging(arena.device, plan)
+    with arena.receive(plan) as intake:
+        intake.pin(10_000).close()
+    arena.device.properties = evolve(arena.device.properties, host_register=False)
+    assert begin_staging(arena.device, plan) is None
+
+
+def _has_huge_pages() -> bool:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.exists() and "[never]" not in setting.read_text()
+
+
+@pytest.mark.skipif(not _has_huge_pages(), reason="the system has no transparent huge pages")
+def test_pinned_memory_is_faulted_in_by_huge_pages(arena: CudaArena, plan: WeightPlan) -> None:
+    with arena.receive(plan) as intake:
+        buffer = intake.pin(64 << 20)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        buffer.array[::4096] = 0
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        buffer.close()
+    assert faults < (64 << 20) // 4096 // 2, "more than every second small page by itself"
 
 
 def test_where_memory_cannot_be_registered_the_driver_is_asked_for_some(
@@ -225,8 +323,11 @@ def test_memory_that_cannot_be_pinned_is_said_with_its_size(
     api: FakeDriverApi, arena: CudaArena, plan: WeightPlan
 ) -> None:
     api.failures["cuMemHostRegister"] = 2
-    with arena.receive(plan) as intake, pytest.raises(DoesNotFitError, match=r"^10,000 bytes of pinned host memory"):
-        intake.pin(10_000)
+    with arena.receive(plan) as intake:
+        buffer = intake.pin(10_000)
+        with pytest.raises(DoesNotFitError, match=r"^12,288 bytes of pinned host memory are not there: cuMemHostReg"):
+            intake.send([rows_in(buffer.array, plan)])
+        buffer.close()
 
 
 def test_parts_that_will_lie_as_they_do_go_in_one_copy(api: FakeDriverApi, arena: CudaArena, plan: WeightPlan) -> None:

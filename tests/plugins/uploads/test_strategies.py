@@ -9,22 +9,24 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from attrs import evolve
+from numpy.typing import NDArray
 
 from mortice.core.errors import DeviceError, DoesNotFitError, ModelFileError, PluginError, UnsupportedError
 from mortice.core.model.residency import RawRows, ResidentWeights, batches
 from mortice.core.model.types import ModelFile
-from mortice.core.model.weight_plan import ALIGNMENT, WeightPlan
+from mortice.core.model.weight_plan import ALIGNMENT, PlannedWeight, WeightPlan
 from mortice.core.plugin.events import Event, UploadProgress
 from mortice.core.plugin.interfaces import UploadStrategy
 from mortice.core.synth.model import synth_model
 from mortice.plugins.executors.cuda.executor import CudaExecutor
 from mortice.plugins.executors.reference.executor import HostArena
 from mortice.plugins.uploads.device import mortice_upload_strategies
+from mortice.plugins.uploads.device.crew import run_crew
 from mortice.plugins.uploads.device.mapped import MappedWay
 from mortice.plugins.uploads.device.strategy import DeviceUpload
 from tests.plugins.uploads.fakes import (
@@ -160,6 +162,34 @@ def test_pinned_rows_leave_from_pinned_memory_only(plan: WeightPlan) -> None:
     assert set(arena_of(resident).sources) == {"pinned"}
 
 
+@pytest.mark.parametrize("cores", [1, 16])
+def test_threads_read_pieces_of_one_buffer_side_by_side(
+    cores: int, plan: WeightPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mortice.plugins.uploads.device.pinned._PIECE_BYTES", 3000)
+    monkeypatch.setattr("mortice.plugins.uploads.device.pinned.cores", lambda: cores)
+    at_once: list[int] = []
+    reading: set[int] = set()
+
+    read_rows = PlannedWeight.read_rows
+
+    def watched(planned: PlannedWeight, row: int, out: NDArray[np.uint8]) -> None:
+        assert out.nbytes <= 3000 + planned.source_bytes // planned.rows
+        reading.add(threading.get_ident())
+        at_once.append(len(reading))
+        time.sleep(1e-4)  # lets other threads in
+        read_rows(planned, row, out)
+        reading.discard(threading.get_ident())
+
+    monkeypatch.setattr(PlannedWeight, "read_rows", watched)
+    resident = resident_of(plan)
+    STRATEGIES["pinned"].upload(resident, silent)
+    assert np.array_equal(arena_of(resident).memory, stored_by_the_host(plan))
+    assert arena_of(resident).calls["send"] < len(at_once) / 4
+    assert max(at_once) > 1
+    check_given_back(arena_of(resident))
+
+
 def test_pinned_reads_the_file_and_says_where_it_was_cut_short(tmp_path: Path) -> None:
     with open_model(tmp_path) as file:
         plan = plan_for_cuda(file)
@@ -275,16 +305,17 @@ def test_ctrl_c_ends_the_upload_and_the_file_can_be_closed(strategy: UploadStrat
 @pytest.mark.parametrize("cores", [1, 16])
 def test_no_more_threads_than_there_is_work_for(cores: int, plan: WeightPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mortice.plugins.uploads.device.pinned.cores", lambda: cores)
-    seen: set[str] = set()
+    threads: list[int] = []
 
-    def look(name: str, before: int) -> None:
-        if name == "pin":
-            seen.update(thread.name for thread in upload_threads())
+    def watched(*args: Any, **options: Any) -> None:
+        threads.append(options["threads"])
+        run_crew(*args, **options)
 
-    STRATEGIES["pinned"].upload(resident_of(plan, look, capacity=1 << 30), silent)
-    assert seen == {"mortice-upload-0"}
-    STRATEGIES["pinned"].upload(resident_of(plan, look), silent)
-    assert len(seen) <= max(2, cores)
+    monkeypatch.setattr("mortice.plugins.uploads.device.pinned.run_crew", watched)
+    STRATEGIES["pinned"].upload(resident_of(plan), silent)
+    monkeypatch.setattr("mortice.plugins.uploads.device.pinned._PIECE_BYTES", 4096)
+    STRATEGIES["pinned"].upload(resident_of(plan), silent)
+    assert threads == [1, 14 if cores > 14 else 2]
 
 
 @pytest.mark.parametrize("cores", [1, 4])
