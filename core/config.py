@@ -100,6 +100,10 @@ class ExecutorConfig:
             and wants heads of a multiple of 32 elements.
         activations: what products with quantised weights take: ``int8`` (fast, rounded; half precision where a GPU
             multiplies several rows) or ``f32``; ``auto`` is the executor's own choice.
+        kv_tokens: tokens that all sequences together may hold in the KV cache, counted in pages of 64, a prefix that
+            several share once; 0 is as many as one sequence that fills the context.
+        prefix_cache: whether a prompt that begins like one before takes over its pages of the KV cache, as far as they
+            are still there. Where products of few and of many rows are rounded differently, logits differ by that.
         step_tokens: the most tokens fed at once; longer prompts are fed in several steps.
 
     """
@@ -108,6 +112,8 @@ class ExecutorConfig:
     context: int = field(default=0, validator=_at_least(0))
     kv: Literal["auto", "f32", "f16", "q8_0"] = "auto"
     activations: Literal["auto", "f32", "int8"] = "auto"
+    kv_tokens: int = field(default=0, validator=_at_least(0))
+    prefix_cache: bool = True
     step_tokens: int = field(default=2048, validator=_at_least(1))
 
 

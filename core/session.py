@@ -11,8 +11,9 @@ import numpy as np
 from attrs import define, field
 from numpy.typing import NDArray
 
-from mortice.core.errors import InputError
+from mortice.core.errors import InputError, UnsupportedError
 from mortice.core.plugin.interfaces import Runtime, RuntimeSettings, StepPart, TokenSequence
+from mortice.core.plugin.kv_pages import SharesCache
 from mortice.core.text.generation import Piece, stream_pieces
 from mortice.core.text.params import GenerationParams, SamplingParams
 from mortice.core.text.sampling import Sampled, Sampler
@@ -43,7 +44,10 @@ class Host(Protocol):
 
 @define(eq=False)
 class Session:
-    """One sequence of a pipeline. A prompt that begins like what was fed before is not computed again."""
+    """One sequence of a pipeline. A prompt that begins like what was fed before is not computed again.
+
+    What other sequences of the pipeline were fed counts, too, as far as the runtime still has it (`SharesCache`).
+    """
 
     pipeline: Host
     sequence: TokenSequence
@@ -72,15 +76,43 @@ class Session:
         return np.concatenate(rows) if len(rows) > 1 else rows[0]
 
     def rewind_to(self, token_ids: Sequence[int]) -> int:
-        """Forget what differs from `token_ids`; returns how many of them are fed already, at least one left to feed."""
+        """Forget what differs from `token_ids`; returns how many of them are fed already, at least one left to feed.
+
+        Where other sequences were fed more of them, this one takes that over.
+        """
         shared = 0
         for ours, theirs in zip(self.fed, token_ids[:-1], strict=False):
             if ours != theirs:
                 break
             shared += 1
-        self.sequence.truncate(shared)
-        del self.fed[shared:]
+        runtime = self.pipeline.runtime
+        with self.pipeline.lock:  # no step takes the pages in between
+            if isinstance(runtime, SharesCache) and runtime.cached_prefix(token_ids) > shared:
+                self.sequence.truncate(0)
+                shared = runtime.adopt_prefix(self.sequence, token_ids)
+                self.fed[:] = token_ids[:shared]
+            else:
+                self.sequence.truncate(shared)
+                del self.fed[shared:]
         return shared
+
+    def fork(self) -> Session:
+        """Another session that was fed the same: nothing is computed, and each goes its own way from here.
+
+        Both share what they have in common; close them both.
+
+        Raises:
+            UnsupportedError: for an executor whose sequences cannot share their cache.
+            InputError: when the runtime has no more sequences.
+
+        """
+        runtime = self.pipeline.runtime
+        if not isinstance(runtime, SharesCache):
+            raise UnsupportedError("fork: the executor's sequences cannot share a KV cache (SharesCache)")
+        with self.pipeline.lock:
+            other = Session(self.pipeline, runtime.fork(self.sequence))
+        other.fed += self.fed
+        return other
 
     def generate(
         self, prompt_ids: Sequence[int], sampling: SamplingParams, generation: GenerationParams

@@ -4,17 +4,7 @@ from __future__ import annotations
 
 from attrs import evolve
 
-from mortice.core.cli.flags import (
-    ConfigFile,
-    ConfigFlags,
-    ExecutorFlags,
-    FileFlags,
-    ModelPath,
-    OutputFlags,
-    PluginFlags,
-    settings,
-)
-from mortice.core.cli.render import Screen
+from mortice.core.cli.flags import CommonFlags, ExecutorFlags, FileFlags, ModelPath
 from mortice.core.cli.stages import fit_dict, fit_rows, layouts_of, planned
 
 __all__ = ["fit"]
@@ -26,21 +16,18 @@ def fit(
     file: ModelPath,
     /,
     *,
-    config: ConfigFile = None,
     model: FileFlags | None = None,
     executor: ExecutorFlags | None = None,
-    plugins: PluginFlags | None = None,
-    any_key: ConfigFlags | None = None,
-    output: OutputFlags | None = None,
+    common: CommonFlags | None = None,
 ) -> int:
     """Say what a model needs in memory and how long a context may be.
 
     Nothing is uploaded. The exit code is 2 when it does not fit.
 
     """
-    output = output or OutputFlags()
-    screen = Screen(json=output.json, quiet=output.quiet)
-    chosen = settings(config, model, executor, plugins, any_key).config
+    common = common or CommonFlags()
+    screen = common.screen()
+    chosen = common.settings(model, executor).config
     chosen = evolve(chosen, model=evolve(chosen.model, path=file))
     with planned(screen, chosen) as pipeline:
         report = pipeline.fit
@@ -60,4 +47,5 @@ def fit(
         screen.table(("memory", ">size"), fit_rows(pipeline.plan, report))
         screen.say("fits" if report.fits else "does not fit")
         screen.say(f"largest context that fits: {report.largest_context} of the model's {longest} tokens")
+        screen.say(f"largest KV cache that fits: {report.largest_kv_tokens} tokens of all sequences together")
         return 0 if report.fits else _REFUSED

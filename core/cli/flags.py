@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from attrs import evolve, fields, frozen
 from cyclopts import Parameter
 
+from mortice.core.cli.render import Screen
 from mortice.core.config_keys import config_keys
 from mortice.core.errors import ConfigError
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FLAGS",
+    "CommonFlags",
     "ConfigFile",
     "ConfigFlags",
     "ConfigOrModel",
@@ -80,6 +82,8 @@ FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "executor.context": ("--context", "-c"),
         "executor.kv": ("--kv",),
         "executor.activations": ("--activations",),
+        "executor.kv_tokens": ("--kv-tokens",),
+        "executor.prefix_cache": ("--prefix-cache",),
         "executor.step_tokens": ("--step-tokens",),
         "upload.strategy": ("--upload",),
         "kernels.layout": ("--layout",),
@@ -183,6 +187,25 @@ class PluginFlags:
     plugins_prefer: Annotated[tuple[str, ...], _flag("plugins.prefer")] = ()
 
 
+@Parameter(name="*")
+@frozen(kw_only=True)
+class CommonFlags:
+    """What nearly every command takes: a config and keys of it, which plugins take part, how it speaks."""
+
+    config: ConfigFile = None
+    plugins: PluginFlags = PluginFlags()
+    any_key: ConfigFlags = ConfigFlags()
+    output: OutputFlags = OutputFlags()
+
+    def settings(self, *groups: object | None) -> EffectiveConfig:
+        """`settings` with the flags of `groups` besides."""
+        return settings(self.config, *groups, self.plugins, self.any_key)
+
+    def screen(self) -> Screen:
+        """Where the command prints."""
+        return Screen(json=self.output.json, quiet=self.output.quiet)
+
+
 @Parameter(name="*", group="Model")
 @frozen(kw_only=True)
 class ContractFlag:
@@ -216,6 +239,8 @@ class ExecutorFlags:
     executor_context: Annotated[int | None, _flag("executor.context")] = None
     executor_kv: Annotated[str | None, _flag("executor.kv")] = None
     executor_activations: Annotated[str | None, _flag("executor.activations")] = None
+    executor_kv_tokens: Annotated[int | None, _flag("executor.kv_tokens")] = None
+    executor_prefix_cache: Annotated[bool | None, _flag("executor.prefix_cache")] = None
     executor_step_tokens: Annotated[int | None, _flag("executor.step_tokens")] = None
     upload_strategy: Annotated[str | None, _flag("upload.strategy")] = None
     kernels_layout: Annotated[str | None, _flag("kernels.layout")] = None

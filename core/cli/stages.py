@@ -82,7 +82,7 @@ def fit_rows(plan: WeightPlan, fit: FitReport) -> list[tuple[str, str]]:
     layouts = ", ".join(f"{count} {name}" for name, count in layouts_of(plan).items())
     return [
         (f"weights ({layouts})", size_text(fit.weight_bytes)),
-        (f"KV cache, {fit.context_length} tokens", size_text(fit.kv_bytes)),
+        (f"KV cache, {fit.kv_tokens} tokens", size_text(fit.kv_bytes)),
         ("workspace", size_text(fit.workspace_bytes)),
         ("needed", size_text(fit.total_bytes)),
         (f"available on {fit.device.name}", size_text(fit.available_bytes)),
@@ -94,6 +94,7 @@ def fit_dict(fit: FitReport) -> dict[str, Any]:
     return {
         "device": {"kind": fit.device.kind, "name": fit.device.name, "index": fit.device.index},
         "context_length": fit.context_length,
+        "kv_tokens": fit.kv_tokens,
         "weight_bytes": fit.weight_bytes,
         "kv_bytes": fit.kv_bytes,
         "workspace_bytes": fit.workspace_bytes,
@@ -101,4 +102,5 @@ def fit_dict(fit: FitReport) -> dict[str, Any]:
         "available_bytes": fit.available_bytes,
         "fits": fit.fits,
         "largest_context": fit.largest_context,
+        "largest_kv_tokens": fit.largest_kv_tokens,
     }

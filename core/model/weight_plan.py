@@ -233,22 +233,28 @@ class FitReport:
 
     Attributes:
         device: where.
-        context_length: tokens of KV cache counted.
+        context_length: tokens a sequence may hold.
+        kv_tokens: tokens of KV cache counted: those of all sequences together.
         weight_bytes: resident weights.
-        kv_bytes: KV cache for `context_length` tokens.
+        kv_bytes: KV cache for `kv_tokens` tokens.
         workspace_bytes: everything else that is allocated.
         available_bytes: what may be used.
-        largest_context: the longest context that would fit, at most the model's own; 0 for none.
+        largest_context: the longest context that would fit, at most the model's own; 0 for none. Where `kv_tokens` do
+            not fit, that is without more of them than the context has.
+        largest_kv_tokens: the most tokens of KV cache that would fit with this context; 0 where not even one full
+            sequence does.
 
     """
 
     device: DeviceInfo
     context_length: int
+    kv_tokens: int
     weight_bytes: int
     kv_bytes: int
     workspace_bytes: int
     available_bytes: int
     largest_context: int
+    largest_kv_tokens: int
 
     @property
     def total_bytes(self) -> int:
@@ -269,7 +275,9 @@ class FitReport:
         """
         if self.fits:
             return
-        if self.largest_context:
+        if self.largest_kv_tokens:
+            advice = f"a KV cache of {self.largest_kv_tokens} tokens would fit (executor.kv_tokens)"
+        elif self.largest_context:
             advice = f"a context of {self.largest_context} tokens would fit"
         elif self.weight_bytes > self.available_bytes:
             advice = "its weights alone do not fit: take a smaller model or a smaller quantisation"
@@ -277,9 +285,13 @@ class FitReport:
             advice = "no context fits beside its weights: take a smaller model or a smaller quantisation"
         raise DoesNotFitError(
             f"{self.device.name}: needs {_gib(self.total_bytes)} (weights {_gib(self.weight_bytes)}, "
-            f"KV cache for {self.context_length} tokens {_gib(self.kv_bytes)}, "
+            f"KV cache for {self.kv_tokens} tokens {_gib(self.kv_bytes)}, "
             f"workspace {_gib(self.workspace_bytes)}), {_gib(self.available_bytes)} may be used; {advice}"
         )
+
+
+_MOST_KV_TOKENS = 1 << 40
+"""More than anything has room for."""
 
 
 def fit_report(
@@ -287,24 +299,41 @@ def fit_report(
     device: DeviceInfo,
     context_length: int,
     *,
+    kv_tokens: int = 0,
     kv_bytes: Callable[[int], int],
     workspace_bytes: Callable[[int], int],
     available_bytes: int | None = None,
 ) -> FitReport:
-    """What a run of `context_length` tokens needs; `kv_bytes` and `workspace_bytes` give bytes for a context."""
+    """What a run of `context_length` tokens needs.
+
+    Args:
+        plan: the weights.
+        device: where.
+        context_length: tokens a sequence may hold.
+        kv_tokens: tokens of all sequences together, where these are more.
+        kv_bytes: bytes of a KV cache for so many tokens.
+        workspace_bytes: bytes of everything else for such a context.
+        available_bytes: a limit below what the device has free.
+
+    """
     available = device.free_bytes if available_bytes is None else min(available_bytes, device.free_bytes)
 
-    def total(context: int) -> int:
-        return plan.arena_bytes + kv_bytes(context) + workspace_bytes(context)
+    def total(context: int, kv_tokens: int = 0) -> int:
+        return plan.arena_bytes + kv_bytes(max(context, kv_tokens)) + workspace_bytes(context)
 
+    kv_tokens = max(context_length, kv_tokens)
+    pooled = _largest(lambda tokens: total(context_length, tokens) <= available, _MOST_KV_TOKENS)
+    beside = kv_tokens if pooled >= kv_tokens else 0
     return FitReport(
         device=device,
         context_length=context_length,
+        kv_tokens=kv_tokens,
         weight_bytes=plan.arena_bytes,
-        kv_bytes=kv_bytes(context_length),
+        kv_bytes=kv_bytes(kv_tokens),
         workspace_bytes=workspace_bytes(context_length),
         available_bytes=available,
-        largest_context=_largest(lambda context: total(context) <= available, plan.program.context_length),
+        largest_context=_largest(lambda context: total(context, beside) <= available, plan.program.context_length),
+        largest_kv_tokens=pooled if pooled >= context_length else 0,
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import mortice
+from mortice.core.config import ExecutorConfig, ModelConfig, RunConfig
 from mortice.core.testing.llamacpp import Difference, LlamaCpp, Row, difference
 
 __all__ = ["Difference", "LlamaCpp", "Row", "difference", "open_reference"]
@@ -15,5 +16,9 @@ pytest.importorskip("xllamacpp", reason="xllamacpp, llama.cpp on the CPU, is not
 
 
 def open_reference(path: Path, context: int = 1024) -> mortice.Pipeline:
-    """The model in mortice's reference executor."""
-    return mortice.load(path, executor="reference", context=context)
+    """The model in mortice's reference executor: room for many sequences, and every one computed."""
+    config = RunConfig(
+        model=ModelConfig(path=path),
+        executor=ExecutorConfig(name="reference", context=context, kv_tokens=16 * context, prefix_cache=False),
+    )
+    return mortice.load(config)

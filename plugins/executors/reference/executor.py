@@ -19,6 +19,7 @@ from mortice.core.model.residency import BoundModel
 from mortice.core.model.types import DeviceInfo
 from mortice.core.model.weight_plan import ALIGNMENT, Kernel
 from mortice.core.plugin.interfaces import Emit, QuantizationType, RuntimeSettings
+from mortice.core.plugin.kv_pages import PAGE_TOKENS, page_count
 from mortice.plugins.executors.reference.layouts import ExpandedLayout, FileLayout
 from mortice.plugins.executors.reference.ops import SCORE_ELEMENTS
 from mortice.plugins.executors.reference.runtime import ReferenceRuntime, kv_type_of
@@ -95,7 +96,7 @@ class ReferenceExecutor:
 
     def kv_bytes(self, program: Program, settings: RuntimeSettings) -> int:
         """Four bytes an element, whatever the type: what a smaller one would hold is kept as float32."""
-        return 4 * settings.context_length * sum(shape.elements for shape in program.kv)
+        return 4 * PAGE_TOKENS * page_count(settings.cache_tokens) * sum(shape.elements for shape in program.kv)
 
     def workspace_bytes(self, program: Program, settings: RuntimeSettings) -> int:
         """What one step of ``step_tokens`` tokens with one row of logits holds at its widest moment.

@@ -1,22 +1,21 @@
-"""The KV cache of one sequence, grown as it fills: float32 that went through the type asked for."""
+"""The KV cache: pages of float32 that went through the type asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from attrs import define, field
 from numpy.typing import NDArray
 
-from mortice.core.errors import InputError
+from mortice.core.errors import DoesNotFitError
 from mortice.core.model.kv_types import KV_TYPES
 from mortice.core.model.program import KvShape
+from mortice.core.plugin.kv_pages import PAGE_TOKENS, PagedSequence
 
-__all__ = ["ReferenceSequence", "through_kv_type"]
+__all__ = ["KvStore", "ReferenceSequence", "through_kv_type"]
 
 Array = NDArray[np.float32]
-
-_FIRST_CAPACITY = 256
 
 
 def through_kv_type(values: Array, kv_type: str) -> Array:
@@ -36,55 +35,71 @@ def through_kv_type(values: Array, kv_type: str) -> Array:
 
 
 @define(eq=False)
-class ReferenceSequence:
-    """K and V of every layer, each (num_kv_heads, capacity, head_dim), and how many tokens they hold."""
+class KvStore:
+    """K and V of all pages: for each layer, (num_kv_heads, pages * `PAGE_TOKENS`, head_dim) each.
+
+    The system gives memory for pages as they are written.
+    """
 
     shapes: Sequence[KvShape]
-    context_length: int
-    kv_type: str = "f32"
-    length: int = field(default=0, init=False)
+    pages: int
+    kv_type: str
     _keys: list[Array] = field(init=False, repr=False)
     _values: list[Array] = field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        self._keys, self._values = ([self._empty(shape, 0) for shape in self.shapes] for _ in range(2))
+        tokens = self.pages * PAGE_TOKENS
+        try:
+            self._keys, self._values = (
+                [np.empty((shape.num_kv_heads, tokens, shape.head_dim), np.float32) for shape in self.shapes]
+                for _ in range(2)
+            )
+        except (MemoryError, ValueError):  # more than there is, or than an array can have
+            raise DoesNotFitError(f"cpu: a KV cache for {tokens} tokens could not be allocated") from None
 
-    @staticmethod
-    def _empty(shape: KvShape, capacity: int) -> Array:
-        return np.empty((shape.num_kv_heads, capacity, shape.head_dim), np.float32)
+    def copy_page(self, source: int, destination: int) -> None:
+        """Copy K and V of all layers from one page to another."""
+        for cache in (*self._keys, *self._values):
+            cache[:, _tokens_of(destination)] = cache[:, _tokens_of(source)]
 
-    def _reserve(self, layer: int, tokens: int) -> None:
-        capacity = self._keys[layer].shape[1]
-        if tokens <= capacity:
-            return
-        capacity = min(self.context_length, max(tokens, 2 * capacity, _FIRST_CAPACITY))
-        for cache in (self._keys, self._values):
-            grown = self._empty(self.shapes[layer], capacity)
-            grown[:, : self.length] = cache[layer][:, : self.length]
-            cache[layer] = grown
-
-    def write(self, layer: int, k: Array, v: Array) -> None:
-        """Store rows (tokens, num_kv_heads * head_dim) after the tokens there are; `advance` makes them count."""
-        shape, end = self.shapes[layer], self.length + len(k)
-        self._reserve(layer, end)
-        for cache, rows in ((self._keys, k), (self._values, v)):
+    def write(self, layer: int, sequence: PagedSequence, k: Array, v: Array) -> None:
+        """Store rows (tokens, num_kv_heads * head_dim) after the tokens there are, in pages that were reserved."""
+        shape, first = self.shapes[layer], sequence.length
+        for cache, rows in ((self._keys[layer], k), (self._values[layer], v)):
             heads = rows.reshape(len(rows), shape.num_kv_heads, shape.head_dim).transpose(1, 0, 2)
-            cache[layer][:, self.length : end] = through_kv_type(heads, self.kv_type)
+            heads, start = through_kv_type(heads, self.kv_type), 0
+            for run in _runs(sequence.pages, first, first + len(rows)):
+                count = run.stop - run.start
+                cache[:, run] = heads[:, start : start + count]
+                start += count
 
-    def read(self, layer: int, new: int) -> tuple[Array, Array]:
+    def read(self, layer: int, sequence: PagedSequence, new: int) -> tuple[Array, Array]:
         """K and V of all tokens and `new` just written ones, each (num_kv_heads, length + new, head_dim)."""
-        end = self.length + new
-        return self._keys[layer][:, :end], self._values[layer][:, :end]
+        runs = list(_runs(sequence.pages, 0, sequence.length + new))
+        k, v = (
+            cache[layer][:, runs[0]] if len(runs) == 1 else np.concatenate([cache[layer][:, run] for run in runs], 1)
+            for cache in (self._keys, self._values)
+        )
+        return k, v
 
-    def advance(self, tokens: int) -> None:
-        """Count `tokens` written tokens as part of the sequence."""
-        self.length += tokens
 
-    def truncate(self, length: int) -> None:
-        if not 0 <= length <= self.length:
-            raise InputError(f"cannot truncate a sequence of {self.length} tokens to {length}")
-        self.length = length
+def _tokens_of(page: int) -> slice:
+    return slice(page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS)
 
-    def close(self) -> None:
-        self.length = 0
-        self._keys, self._values = ([self._empty(shape, 0) for shape in self.shapes] for _ in range(2))
+
+def _runs(pages: Sequence[int], first: int, last: int) -> Iterator[slice]:
+    """Where the tokens from `first` to before `last` lie; pages that follow each other are one slice."""
+    while first < last:
+        place, inside = divmod(first, PAGE_TOKENS)
+        end = place + 1
+        while end * PAGE_TOKENS < last and pages[end] == pages[end - 1] + 1:
+            end += 1
+        count = min(last, end * PAGE_TOKENS) - first
+        start = pages[place] * PAGE_TOKENS + inside
+        yield slice(start, start + count)
+        first += count
+
+
+@define(eq=False)
+class ReferenceSequence(PagedSequence):
+    """One sequence of a runtime."""

@@ -19,10 +19,11 @@ from mortice.core.model.rope import rope_frequencies
 from mortice.core.model.weight_plan import PlannedWeight
 from mortice.core.plugin.events import StepDone
 from mortice.core.plugin.interfaces import Emit, RuntimeSettings, StepPart, TokenSequence
+from mortice.core.plugin.kv_pages import PagedRuntime, PagePool, page_count
 from mortice.core.text.params import GenerationParams, SamplingParams
 from mortice.plugins.executors.reference import ops
 from mortice.plugins.executors.reference.bandwidth import read_bandwidth
-from mortice.plugins.executors.reference.kv_cache import ReferenceSequence
+from mortice.plugins.executors.reference.kv_cache import KvStore, ReferenceSequence
 from mortice.plugins.executors.reference.layouts import FileLayout, expand
 
 __all__ = ["ReferenceRuntime", "kv_type_of"]
@@ -68,6 +69,7 @@ class _Step:
     selected: NDArray[np.int64]
     parts: list[tuple[ReferenceSequence, int, int]]
     """(sequence, first row, one past the last row) of each part."""
+    store: KvStore
     turns: dict[object, tuple[Array, Array]] = field(factory=dict)
     """RoPE's cosines and sines by the operator's constants: the same for every layer that shares them."""
 
@@ -92,12 +94,14 @@ class _Bound:
 
 
 @define(eq=False)
-class ReferenceRuntime:
+class ReferenceRuntime(PagedRuntime[ReferenceSequence]):
     """A program on the CPU, in float32."""
 
     model: BoundModel
     settings: RuntimeSettings
     emit: Emit
+    pool: PagePool = field(init=False, repr=False)
+    _store: KvStore = field(init=False, repr=False)
     _plan: list[_Bound] = field(init=False, repr=False)
     _logits: int = field(init=False)
     _closed: bool = field(default=False, init=False)
@@ -123,10 +127,11 @@ class ReferenceRuntime:
                 label += f" {self.model.plan.weights[bound.weights[0]].tensor.qtype.name}"
             self._plan.append(_Bound(operator.name, label, run, inputs, outputs, ends, operator.outputs))
         self._logits = numbers[program.logits]
+        self.pool = PagePool(page_count(self.settings.cache_tokens), self.settings.prefix_cache)
+        self._store = KvStore(program.kv, self.pool.pages, kv_type_of(self.settings))
 
     def new_sequence(self) -> ReferenceSequence:
-        shapes = self.model.plan.program.kv
-        return ReferenceSequence(shapes, self.settings.context_length, kv_type_of(self.settings))
+        return ReferenceSequence(self.pool, self.settings.context_length, self._store.copy_page)
 
     def step(self, parts: Sequence[StepPart]) -> Array:
         return self._observed_step(self._prepare(parts), None)
@@ -164,7 +169,7 @@ class ReferenceRuntime:
         if not np.isfinite(logits).all():
             raise ExecutionError("the logits hold NaN or infinity: the weights are broken, or float32 overflowed")
         for sequence, first, last in step.parts:
-            sequence.advance(last - first)
+            sequence.advance(step.token_ids[first:last].tolist())
         self.emit(StepDone(tokens=len(step.token_ids), seconds=time.perf_counter() - started))
         return logits
 
@@ -202,7 +207,7 @@ class ReferenceRuntime:
         token_ids, positions, selected = [], [], []
         row = 0
         for part in parts:
-            sequence = self._own(part.sequence)
+            sequence = self.own(part.sequence)
             count = len(part.token_ids)
             if any(sequence is other for other, _, _ in placed):
                 raise InputError("a sequence can stand in a step only once")
@@ -216,10 +221,15 @@ class ReferenceRuntime:
             selected.append(np.arange(first, row + count))
             placed.append((sequence, row, row + count))
             row += count
-        return _Step(np.concatenate(token_ids), np.concatenate(positions), np.concatenate(selected), placed)
+        grown = [(sequence, sequence.length + last - first) for sequence, first, last in placed]
+        self.require_pages(grown)
+        for sequence, length in grown:
+            sequence.reserve(length)
+        ids, places, rows = (np.concatenate(each) for each in (token_ids, positions, selected))
+        return _Step(ids, places, rows, placed, self._store)
 
-    def _own(self, sequence: TokenSequence) -> ReferenceSequence:
-        if not isinstance(sequence, ReferenceSequence) or sequence.shapes is not self.model.plan.program.kv:
+    def own(self, sequence: TokenSequence) -> ReferenceSequence:
+        if not isinstance(sequence, ReferenceSequence) or sequence.pool is not self.pool:
             raise InputError("the sequence is not one of this runtime's")
         return sequence
 
@@ -325,7 +335,7 @@ def _kv_write(write: op.KvWrite) -> Run:
 
     def run(step: _Step, x: list[Array]) -> tuple[Array, ...]:
         for sequence, first, last in step.parts:
-            sequence.write(layer, x[0][first:last], x[1][first:last])
+            step.store.write(layer, sequence, x[0][first:last], x[1][first:last])
         return ()
 
     return run
@@ -338,7 +348,7 @@ def _attention(attention: op.Attention) -> Run:
     def run(step: _Step, x: list[Array]) -> tuple[Array, ...]:
         outs = []
         for sequence, first, last in step.parts:
-            keys, values = sequence.read(layer, last - first)
+            keys, values = step.store.read(layer, sequence, last - first)
             q = x[0][first:last].reshape(last - first, attention.num_heads, attention.head_dim)
             outs.append(
                 ops.attend(

@@ -18,7 +18,7 @@ from mortice.core.model.program import build_program
 from mortice.core.model.qtypes import QType
 from mortice.core.model.types import DeviceInfo, ModelFile
 from mortice.core.model.validation import ValidatedModel, validate
-from mortice.core.model.weight_plan import ALIGNMENT, Kernel, WeightPlan, fit_report, plan_weights
+from mortice.core.model.weight_plan import ALIGNMENT, FitReport, Kernel, WeightPlan, fit_report, plan_weights
 from tests.support.in_memory import QTYPES, arrays_for, metadata_for, model_file, plan_of, raw_view
 from tests.unit.model.test_families import contract_of
 
@@ -204,6 +204,7 @@ def test_the_largest_context_is_exact(beyond: int, kv: int, fixed: int, growing:
     assert largest == 0 or fits(largest)
     assert largest == PLAN.program.context_length or not fits(largest + 1)
     assert report.fits == fits(context)
+    assert (report.largest_kv_tokens >= context) == fits(context)
 
 
 def report_with(available: int, context: int = 64) -> Callable[[], None]:
@@ -216,6 +217,23 @@ def test_what_does_not_fit_says_what_would() -> None:
     with pytest.raises(
         DoesNotFitError, match=r"a CPU: needs .* KV cache for 64 tokens .*a context of 5 tokens would fit"
     ):
+        report_with(PLAN.arena_bytes + 5500)()
+
+
+def test_a_cache_for_many_sequences_that_does_not_fit_says_what_would() -> None:
+    def report(kv_tokens: int) -> FitReport:
+        available = device(PLAN.arena_bytes + 100_500)
+        return fit_report(
+            PLAN, available, 64, kv_tokens=kv_tokens, kv_bytes=lambda n: 1000 * n, workspace_bytes=lambda n: 10
+        )
+
+    assert (report(100).fits, report(101).fits) == (True, False)
+    assert report(80).largest_context == PLAN.program.context_length, "beside a cache of 80 tokens"
+    with pytest.raises(
+        DoesNotFitError, match=r"KV cache for 101 tokens .*a KV cache of 100 tokens would fit \(executor\.kv_tokens\)"
+    ):
+        report(101).require()
+    with pytest.raises(DoesNotFitError, match=r"KV cache for 64 tokens .* a context of 5 tokens would fit"):
         report_with(PLAN.arena_bytes + 5500)()
 
 
