@@ -10,6 +10,8 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from typing import Literal, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -18,13 +20,13 @@ from numpy.typing import NDArray
 
 from mortice.core.bench.results import BenchReport, BenchSettings, ProfileRow, SpeedRow, Startup, Subject
 from mortice.core.bench.traffic import Traffic, decode_traffic
-from mortice.core.errors import UnsupportedError
+from mortice.core.errors import ExecutionError, UnsupportedError
 from mortice.core.pipeline import Pipeline
 from mortice.core.plugin.events import Event, StepDone
 from mortice.core.plugin.interfaces import Runtime, StepPart, TokenSequence
-from mortice.core.text.generation import ChooseToken
+from mortice.core.plugin.token_choice import ChoicePart, ChoosesTokens, TokenChoice
 from mortice.core.text.params import GenerationParams, SamplingParams
-from mortice.core.text.sampling import Sampled, Sampler
+from mortice.core.text.sampling import Sampler
 
 __all__ = ["CountsWaiting", "MeasuresBandwidth", "Profiles", "bench"]
 
@@ -68,7 +70,7 @@ def bench(open_pipeline: Callable[[], Pipeline], settings: BenchSettings, note: 
         note: told what is going on, one line each.
 
     Raises:
-        ConfigError: before anything is uploaded, when the context is too short.
+        ConfigError: before anything is uploaded, when the context or the KV cache is too small.
         UnsupportedError: when a profile is asked for and the executor has none.
         MorticeError: what `open_pipeline` and the executor raise.
 
@@ -77,7 +79,7 @@ def bench(open_pipeline: Callable[[], Pipeline], settings: BenchSettings, note: 
     started = time.perf_counter()
     with open_pipeline() as pipeline:
         plan_seconds = time.perf_counter() - started
-        settings.require_context(pipeline.settings.context_length)
+        settings.require_room(pipeline.settings)
         pipeline.fit.require()
         preload_started = time.perf_counter()
         pipeline.preload()
@@ -156,12 +158,9 @@ class _Bencher:
         """Seconds from a prompt to its first token, in a sequence of its own."""
         prompt = self._tokens(self.settings.first_prompt)
         started = time.perf_counter()
-        sequence = self.runtime.new_sequence()
-        try:
-            self._chooser(sequence)(prompt, 0)
+        with closing(self.runtime.new_sequence()) as sequence:
+            self._chooser([sequence])([prompt], 0)
             return time.perf_counter() - started
-        finally:
-            sequence.close()
 
     def measure_bandwidth(self) -> float | None:
         """The device's, where its executor can tell; the rows compare with it."""
@@ -173,62 +172,61 @@ class _Bencher:
     def rows(self) -> Iterator[SpeedRow]:
         """Every test, each warmed up first."""
         for depth in self.settings.depths:
-            sequence = self._filled(depth)
-            try:
-                for tokens in filter(None, self.settings.prompt_tokens):
-                    yield self._prefill(sequence, tokens, depth)
-                for tokens in filter(None, self.settings.generated_tokens):
-                    yield self._decode(sequence, tokens, depth)
-            finally:
-                sequence.close()
+            for count in self.settings.batch:
+                with self._filled(depth, count) as sequences:
+                    for tokens in filter(None, self.settings.prompt_tokens):
+                        yield self._prefill(sequences, tokens, depth)
+                    for tokens in filter(None, self.settings.generated_tokens):
+                        yield self._decode(sequences, tokens, depth)
 
-    def _prefill(self, sequence: TokenSequence, tokens: int, depth: int) -> SpeedRow:
+    def _prefill(self, sequences: Sequence[TokenSequence], tokens: int, depth: int) -> SpeedRow:
         seconds = []
         for number in range(self.settings.repeats + 1):
-            prompt = self._tokens(tokens)
+            prompts = [self._tokens(tokens) for _ in sequences]
             started = time.perf_counter()
-            self._feed(sequence, prompt, "last")
+            self._feed(sequences, prompts, "last")
             elapsed = time.perf_counter() - started
-            sequence.truncate(depth)
+            _cut(sequences, depth)
             if number:  # the first one warms up
                 seconds.append(elapsed)
-        self.note(f"prefill of {tokens} tokens at depth {depth} measured")
-        return SpeedRow(test="prefill", tokens=tokens, depth=depth, seconds=tuple(seconds))
+        self.note(f"prefill of {tokens} tokens at depth {depth} measured{_among(sequences)}")
+        return SpeedRow(test="prefill", tokens=tokens, depth=depth, sequences=len(sequences), seconds=tuple(seconds))
 
-    def _decode(self, sequence: TokenSequence, tokens: int, depth: int) -> SpeedRow:
-        self._decode_once(sequence, min(tokens, _WARM_UP_TOKENS))
-        sequence.truncate(depth)
+    def _decode(self, sequences: Sequence[TokenSequence], tokens: int, depth: int) -> SpeedRow:
+        self._decode_once(sequences, min(tokens, _WARM_UP_TOKENS))
+        _cut(sequences, depth)
         seconds, host_seconds = [], []
         for _ in range(self.settings.repeats):
-            elapsed, host = self._decode_once(sequence, tokens)
-            sequence.truncate(depth)
+            elapsed, host = self._decode_once(sequences, tokens)
+            _cut(sequences, depth)
             seconds.append(elapsed)
             if host is not None:
                 host_seconds.append(host)
-        self.note(f"decoding of {tokens} tokens at depth {depth} measured")
+        self.note(f"decoding of {tokens} tokens at depth {depth} measured{_among(sequences)}")
         return SpeedRow(
             test="decode",
             tokens=tokens,
             depth=depth,
+            sequences=len(sequences),
             seconds=tuple(seconds),
             # the token that begins stands at the depth itself, so the first measured one sees one more and itself
-            token_bytes=self._traffic.mean_bytes(depth + 2, tokens),
+            token_bytes=self._traffic.mean_bytes(depth + 2, tokens, len(sequences)),
             read_bandwidth=self.read_bandwidth,
             host_seconds=tuple(host_seconds) if len(host_seconds) == len(seconds) else None,
         )
 
-    def _decode_once(self, sequence: TokenSequence, tokens: int) -> tuple[float, float | None]:
-        """Seconds for `tokens` tokens, and those of them the host was busy. One token before them is not measured.
+    def _decode_once(self, sequences: Sequence[TokenSequence], tokens: int) -> tuple[float, float | None]:
+        """Seconds for `tokens` steps, and those of them the host was busy. One step before them is not measured.
 
         An executor may launch a step ahead of the one it waits for. It has done so when the watch starts and when it
         stops, so the number of steps between is right.
         """
-        choose = self._chooser(sequence)
-        last = choose(self._tokens(1), 0).id
+        choose = self._chooser(sequences)
+        last = choose([self._tokens(1) for _ in sequences], 0)
         waited, steps = self._waited(), self._steps
         started = time.perf_counter()
         for index in range(tokens):
-            last = choose((last,), index + 1).id
+            last = choose(last, index + 1)
         elapsed = time.perf_counter() - started
         known = isinstance(self.runtime, CountsWaiting) or self._steps > steps
         return elapsed, elapsed - (self._waited() - waited) if known else None
@@ -238,30 +236,29 @@ class _Bencher:
         return self.runtime.waited_seconds if isinstance(self.runtime, CountsWaiting) else self._step_seconds
 
     def profile(self) -> Iterator[ProfileRow]:
-        """A prompt, as far as it is fed in one step, and a decode step, at each depth."""
+        """A prompt and a decode step, as far as they are fed in one step, for each depth and number of sequences."""
         longest = self.pipeline.settings.step_tokens
         prompts = sorted({min(tokens, longest) for tokens in self.settings.prompt_tokens if tokens})
         steps: list[tuple[Literal["prefill", "decode"], int]] = [("prefill", tokens) for tokens in prompts]
         if any(self.settings.generated_tokens):
             steps.append(("decode", 1))
         for depth in self.settings.depths:
-            sequence = self._filled(depth)
-            try:
-                for test, tokens in steps:
-                    yield from self._profile_step(sequence, test, tokens, depth)
-            finally:
-                sequence.close()
+            for count in self.settings.batch:
+                with self._filled(depth, count) as sequences:
+                    for test, tokens in steps:
+                        if count * tokens <= longest:
+                            yield from self._profile_step(sequences, test, tokens, depth)
 
     def _profile_step(
-        self, sequence: TokenSequence, test: Literal["prefill", "decode"], tokens: int, depth: int
+        self, sequences: Sequence[TokenSequence], test: Literal["prefill", "decode"], tokens: int, depth: int
     ) -> Iterator[ProfileRow]:
         runtime = cast(Profiles, self.runtime)
         launches: Counter[str] = Counter()
         seconds: defaultdict[str, float] = defaultdict(float)
         repeats = self.settings.repeats
         for number in range(repeats + 1):
-            times = runtime.profile([StepPart(sequence=sequence, token_ids=self._tokens(tokens))])
-            sequence.truncate(depth)
+            times = runtime.profile([StepPart(sequence=one, token_ids=self._tokens(tokens)) for one in sequences])
+            _cut(sequences, depth)
             if number:  # the first one warms up
                 launches.update(label for label, _ in times)
                 for label, elapsed in times:
@@ -272,6 +269,7 @@ class _Bencher:
                 test=test,
                 tokens=tokens,
                 depth=depth,
+                sequences=len(sequences),
                 label=label,
                 launches=launches[label] // repeats,
                 seconds=elapsed / repeats,
@@ -284,34 +282,76 @@ class _Bencher:
         ids: list[int] = self._rng.integers(0, self.pipeline.program.vocab_size, count).tolist()
         return ids
 
-    def _filled(self, depth: int) -> TokenSequence:
-        sequence = self.runtime.new_sequence()
-        try:
+    @contextmanager
+    def _filled(self, depth: int, count: int) -> Iterator[list[TokenSequence]]:
+        """So many sequences of random tokens."""
+        with ExitStack() as stack:
+            sequences = [stack.enter_context(closing(self.runtime.new_sequence())) for _ in range(count)]
             if depth:
-                self._feed(sequence, self._tokens(depth), "none")
-        except BaseException:
-            sequence.close()
-            raise
-        return sequence
+                self._feed(sequences, [self._tokens(depth) for _ in sequences], "none")
+            yield sequences
 
     def _feed(
-        self, sequence: TokenSequence, ids: Sequence[int], logits: Literal["last", "none"]
+        self, sequences: Sequence[TokenSequence], texts: Sequence[Sequence[int]], logits: Literal["last", "none"]
     ) -> NDArray[np.float32]:
-        size = self.pipeline.settings.step_tokens
-        for start in range(0, len(ids) - size, size):
-            self.runtime.step([StepPart(sequence=sequence, token_ids=ids[start : start + size], logits="none")])
-        rest = ids[(len(ids) - 1) // size * size :]
-        return self.runtime.step([StepPart(sequence=sequence, token_ids=rest, logits=logits)])
+        """Feed each sequence its tokens, with as many in a step as it takes; the logits of the last of each."""
+        rows: list[NDArray[np.float32]] = []
+        parts: list[StepPart] = []
+        room = size = self.pipeline.settings.step_tokens
+        for number, (sequence, ids) in enumerate(zip(sequences, texts, strict=True), 1):
+            done = 0
+            while done < len(ids):
+                count = min(room, len(ids) - done)
+                wanted = logits if done + count == len(ids) else "none"
+                parts.append(StepPart(sequence=sequence, token_ids=ids[done : done + count], logits=wanted))
+                done, room = done + count, room - count
+                if not room or (number == len(sequences) and done == len(ids)):
+                    rows.append(self.runtime.step(parts))
+                    parts, room = [], size
+        return np.concatenate(rows) if len(rows) > 1 else rows[0]
 
-    def _chooser(self, sequence: TokenSequence) -> ChooseToken:
-        """The greedy choice as `Session.generate` makes it: on the device where it can."""
-        on_device = self.runtime.device_chooser(sequence, _GREEDY, _ENDLESS)
-        if on_device is not None:
-            return on_device
+    def _chooser(self, sequences: Sequence[TokenSequence]) -> Callable[[Sequence[Sequence[int]], int], list[list[int]]]:
+        """The greedy choice as `generate` and `generate_many` make it: on the device where it can.
+
+        It is called with what to feed to each sequence, and gives what to feed next.
+        """
+        runtime = self.runtime
+        if len(sequences) == 1:
+            one = runtime.device_chooser(sequences[0], _GREEDY, _ENDLESS)
+            if one is not None:
+                return lambda texts, index: [[one(texts[0], index).id]]
+        elif isinstance(runtime, ChoosesTokens):
+            choices = [runtime.token_choice(sequence, _GREEDY, _ENDLESS) for sequence in sequences]
+            if None not in choices:
+                return partial(_choose_on_device, runtime, sequences, choices)
         sampler = Sampler(_GREEDY, self.pipeline.program.vocab_size)
+        return lambda texts, index: [[sampler.sample(row, index).id] for row in self._feed(sequences, texts, "last")]
 
-        def choose(ids: Sequence[int], index: int) -> Sampled:
-            sampler.accept(ids)
-            return sampler.sample(self._feed(sequence, ids, "last")[-1], index)
 
-        return choose
+def _choose_on_device(
+    runtime: ChoosesTokens,
+    sequences: Sequence[TokenSequence],
+    choices: Sequence[TokenChoice | None],
+    texts: Sequence[Sequence[int]],
+    index: int,
+) -> list[list[int]]:
+    parts = [
+        ChoicePart(sequence=sequence, token_ids=ids, choice=choice, index=index)
+        for sequence, ids, choice in zip(sequences, texts, choices, strict=True)
+    ]
+    chosen = []
+    for made in runtime.choose_step(parts, ahead=True):
+        if isinstance(made, ExecutionError):
+            raise made
+        assert made is not None, "each part has a choice"
+        chosen.append([made.id])
+    return chosen
+
+
+def _cut(sequences: Sequence[TokenSequence], length: int) -> None:
+    for sequence in sequences:
+        sequence.truncate(length)
+
+
+def _among(sequences: Sequence[TokenSequence]) -> str:
+    return f", {len(sequences)} sequences" if len(sequences) > 1 else ""

@@ -45,6 +45,7 @@ def _row_dict(row: SpeedRow) -> dict[str, Any]:
         "test": row.test,
         "tokens": row.tokens,
         "depth": row.depth,
+        "sequences": row.sequences,
         "tokens_per_second": row.mean,
         "tokens_per_second_sd": row.deviation,
         "tokens_per_second_median": row.median,
@@ -95,12 +96,13 @@ def _subject(report: BenchReport) -> str:
 
 
 def _speeds(report: BenchReport) -> str:
-    columns = ("test", ">tokens", ">depth", ">tok/s", ">± sd", ">median", ">MB/token", ">GB/s", ">% of read")
+    columns = ("test", ">tokens", ">depth", ">seqs", ">tok/s", ">± sd", ">median", ">MB/token", ">GB/s", ">% of read")
     rows = [
         (
             row.test,
             str(row.tokens),
             str(row.depth),
+            str(row.sequences),
             f"{row.mean:.2f}",
             _number(row.deviation, 1, 2),
             f"{row.median:.2f}",
@@ -131,11 +133,12 @@ def _startup(report: BenchReport) -> str:
 
 
 def _profile(report: BenchReport) -> str:
-    columns = ("step", ">depth", "what", ">launches", ">ms/step", ">%")
+    columns = ("step", ">depth", ">seqs", "what", ">launches", ">ms/step", ">%")
     rows = [
         (
             f"{row.test} {row.tokens}",
             str(row.depth),
+            str(row.sequences),
             row.label,
             str(row.launches),
             f"{1e3 * row.seconds:.3f}",
@@ -197,7 +200,7 @@ def plot(report: BenchReport) -> str:
         rows = [row for row in report.rows if row.test == test]
         if rows:
             plotext.clear_figure()
-            labels = [f"{row.tokens} @ {row.depth}" for row in rows]
+            labels = [f"{row.tokens} @ {row.depth}" + f" x {row.sequences}" * (row.sequences > 1) for row in rows]
             plotext.simple_bar(labels, [row.median for row in rows], width=80, title=f"{test}, tok/s, tokens @ depth")
             diagrams.append(str(plotext.build()))
     return "\n".join(diagrams)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 from attrs import Attribute, field, frozen
 
 from mortice.core.errors import ConfigError
+from mortice.core.plugin.interfaces import RuntimeSettings
+from mortice.core.plugin.kv_pages import PAGE_TOKENS, page_count
 
 __all__ = ["BenchReport", "BenchSettings", "ProfileRow", "SpeedRow", "Startup", "Subject"]
 
@@ -16,6 +18,12 @@ def _counts(_: Any, attribute: Attribute[tuple[int, ...]], values: tuple[int, ..
     for value in values:
         if value < 0:
             raise ConfigError(f"{attribute.name}: found {value}, wanted 0 or more")
+
+
+def _numbers(_: Any, attribute: Attribute[tuple[int, ...]], values: tuple[int, ...]) -> None:
+    for value in values:
+        if value < 1:
+            raise ConfigError(f"{attribute.name}: found {value}, wanted at least 1")
 
 
 def _at_least_one(_: Any, attribute: Attribute[int], value: int) -> None:
@@ -30,7 +38,8 @@ class BenchSettings:
     Attributes:
         prompt_tokens: lengths of prompts whose prefill is measured; 0 is none.
         generated_tokens: numbers of tokens whose decoding is measured; 0 is none.
-        depths: tokens in the cache before each measurement.
+        depths: tokens in the cache before each measurement, of each sequence.
+        batch: numbers of sequences that are fed, or generate, at the same time.
         repeats: measurements of each kind.
         profile: whether the time of each kind of operator is measured too.
         seed: of the tokens, which are random.
@@ -40,13 +49,14 @@ class BenchSettings:
     prompt_tokens: tuple[int, ...] = field(default=(512,), validator=_counts)
     generated_tokens: tuple[int, ...] = field(default=(128,), validator=_counts)
     depths: tuple[int, ...] = field(default=(0,), validator=_counts)
+    batch: tuple[int, ...] = field(default=(1,), validator=_numbers)
     repeats: int = field(default=5, validator=_at_least_one)
     profile: bool = False
     seed: int = 0
 
     def __attrs_post_init__(self) -> None:
-        if not self.depths or not any((*self.prompt_tokens, *self.generated_tokens)):
-            raise ConfigError("nothing to measure: give at least one prompt length or number of tokens, and a depth")
+        if not self.batch or not self.depths or not any((*self.prompt_tokens, *self.generated_tokens)):
+            raise ConfigError("nothing to measure: give a prompt length or a number of tokens, a depth, and a batch")
 
     @property
     def needed_context(self) -> int:
@@ -59,16 +69,27 @@ class BenchSettings:
         """The prompt whose time to the first token is measured: the first one, or a token where there is none."""
         return next((count for count in self.prompt_tokens if count), 1)
 
-    def require_context(self, context: int) -> None:
+    @property
+    def needed_cache(self) -> int:
+        """Tokens that the KV cache has to have room for: those of all sequences, in whole pages."""
+        return max(self.batch) * page_count(self.needed_context) * PAGE_TOKENS
+
+    def require_room(self, settings: RuntimeSettings) -> None:
         """Refuse what does not fit.
 
         Raises:
             ConfigError: saying what is needed and there.
 
         """
-        if self.needed_context > context:
+        if self.needed_context > settings.context_length:
             raise ConfigError(
-                f"bench: prompt, generated tokens and depth need a context of {self.needed_context}, found {context}"
+                f"bench: prompt, generated tokens and depth need a context of {self.needed_context}, "
+                f"found {settings.context_length}"
+            )
+        if max(self.batch) > 1 and self.needed_cache > settings.cache_tokens:
+            raise ConfigError(
+                f"bench: {max(self.batch)} sequences of {self.needed_context} tokens need a KV cache of "
+                f"{self.needed_cache}, found {settings.cache_tokens} (executor.kv_tokens)"
             )
 
 
@@ -78,10 +99,12 @@ class SpeedRow:
 
     Attributes:
         test: ``prefill`` (a prompt is fed) or ``decode`` (tokens are generated one by one).
-        tokens: how many.
+        tokens: how many, for each sequence.
         depth: tokens in the cache before.
+        sequences: how many were fed, or generated, at the same time.
         seconds: of each repeat.
-        token_bytes: bytes a token has to move, the mean over the test; None for prefill, where a step serves many.
+        token_bytes: bytes a token has to move, the mean over the test; None for prefill, where a step serves many. The
+            weights count once for all sequences.
         read_bandwidth: what the device was measured to read, bytes a second; None where the executor cannot tell.
         host_seconds: of each repeat, time in which the host did not wait for the device; None where that is unknown.
 
@@ -91,14 +114,15 @@ class SpeedRow:
     tokens: int
     depth: int
     seconds: tuple[float, ...]
+    sequences: int = 1
     token_bytes: float | None = None
     read_bandwidth: float | None = None
     host_seconds: tuple[float, ...] | None = None
 
     @property
     def speeds(self) -> tuple[float, ...]:
-        """Tokens a second of each repeat."""
-        return tuple(self.tokens / seconds for seconds in self.seconds)
+        """Tokens a second of each repeat, of all sequences together."""
+        return tuple(self.sequences * self.tokens / seconds for seconds in self.seconds)
 
     @property
     def mean(self) -> float:
@@ -130,7 +154,9 @@ class SpeedRow:
     @property
     def host_seconds_per_token(self) -> float | None:
         """Median over the repeats."""
-        return None if self.host_seconds is None else statistics.median(self.host_seconds) / self.tokens
+        return (
+            None if self.host_seconds is None else statistics.median(self.host_seconds) / (self.sequences * self.tokens)
+        )
 
 
 @frozen(kw_only=True)
@@ -172,8 +198,9 @@ class ProfileRow:
 
     Attributes:
         test: ``prefill`` or ``decode``.
-        tokens: tokens of the step.
+        tokens: tokens of the step, for each sequence.
         depth: tokens in the cache before.
+        sequences: how many the step was made of.
         label: the executor's name for what ran.
         launches: how many in a step.
         seconds: all of them together.
@@ -184,6 +211,7 @@ class ProfileRow:
     test: Literal["prefill", "decode"]
     tokens: int
     depth: int
+    sequences: int
     label: str
     launches: int
     seconds: float

@@ -39,9 +39,13 @@ class Traffic:
         )
         return self.weight_bytes + read + sum(self.kv_token_bytes)
 
-    def mean_bytes(self, first: int, count: int) -> float:
-        """The mean of `count` steps, the first of which sees `first` tokens, its own included."""
-        return sum(self.bytes_at(length) for length in range(first, first + count)) / count
+    def mean_bytes(self, first: int, count: int, sequences: int = 1) -> float:
+        """Bytes of a token, the mean of `count` steps, the first of which sees `first` tokens, its own included.
+
+        Of several sequences, all as long, each step reads the weights once.
+        """
+        mean = sum(self.bytes_at(length) for length in range(first, first + count)) / count
+        return mean - self.weight_bytes + self.weight_bytes / sequences
 
 
 def decode_traffic(plan: WeightPlan, executor: Executor, settings: RuntimeSettings) -> Traffic:
@@ -65,6 +69,6 @@ def _read_bytes(operator: Operator, planned: PlannedWeight) -> int:
 
 
 def _kv_token_bytes(program: Program, executor: Executor, settings: RuntimeSettings) -> tuple[float, ...]:
-    total = executor.kv_bytes(program, evolve(settings, context_length=_MANY_TOKENS)) / _MANY_TOKENS
+    total = executor.kv_bytes(program, evolve(settings, context_length=_MANY_TOKENS, kv_tokens=0)) / _MANY_TOKENS
     elements = sum(shape.elements for shape in program.kv)
     return tuple(total * shape.elements / elements for shape in program.kv)

@@ -51,6 +51,9 @@ def bench(
     depths: Annotated[tuple[int, ...], _list("-d", "--depths", "Tokens in the KV cache before each measurement.")] = (
         0,
     ),
+    batch: Annotated[
+        tuple[int, ...], _list("-b", "--batch", "Numbers of sequences at the same time, each as long.")
+    ] = (1,),
     repeats: Annotated[int, Parameter(name=("-r", "--repeats"), help="Measurements of each kind.")] = 5,
     form: Annotated[
         Literal["md", "json", "csv", "plot"], Parameter(name=("-o", "--format"), help="How results are printed.")
@@ -67,7 +70,8 @@ def bench(
 ) -> int:
     """Measure prefill and decode speed, the bytes they move, and the way to the first token.
 
-    The context is as long as the measurement needs, unless --context says otherwise.
+    The context is as long as the measurement needs, unless --context says otherwise, and the KV cache has room for as
+    many sequences, unless --kv-tokens does.
 
     """
     from mortice.core.bench.measure import bench as measure
@@ -83,6 +87,7 @@ def bench(
         prompt_tokens=prompt_tokens,
         generated_tokens=generated_tokens,
         depths=depths,
+        batch=batch,
         repeats=repeats,
         profile=profile,
     )
@@ -102,6 +107,9 @@ def _opener(model: str, config: RunConfig, wanted: BenchSettings) -> Callable[[]
     automatic = config.executor.context == 0
     if automatic:
         config = evolve(config, executor=evolve(config.executor, context=wanted.needed_context))
+    if max(wanted.batch) > 1 and config.executor.kv_tokens == 0:
+        cache = max(wanted.needed_cache, config.executor.context)
+        config = evolve(config, executor=evolve(config.executor, kv_tokens=cache))
     config = evolve(config, model=evolve(config.model, path=Path(model)))
     registry = registry_for(config)
     made = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from mortice.core.cli.answer import prompt_encoder, read_stdin, require_chat, re
 from mortice.core.cli.render import Screen, json_text
 from mortice.core.cli.stages import note_model, planned, resident
 from mortice.core.errors import ConfigError, ExecutionError, InputError
+from mortice.core.text_file import parse_json
 
 if TYPE_CHECKING:
     from mortice.core.batch import Request, Result
@@ -108,8 +108,8 @@ def _read_lines(source: Path) -> list[_Line]:
 
 def _parse(number: int, text: str) -> _Line:
     try:
-        found = json.loads(text, object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(text)
+    except ValueError as error:
         raise InputError(f"not JSON: {error}") from None
     if not isinstance(found, dict):
         raise InputError(f"found {_kind(found)}, wanted an object with a prompt")
@@ -122,14 +122,6 @@ def _parse(number: int, text: str) -> _Line:
     if isinstance(found.get("logit_bias"), dict):
         found["logit_bias"] = {_token_id(key): bias for key, bias in found["logit_bias"].items()}
     return _Line(number, name, prompt, found)
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise InputError(f"key {next(name for name in names if names.count(name) > 1)!r} is given twice")
-    return found
 
 
 def _token_id(key: str) -> int:

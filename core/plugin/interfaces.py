@@ -34,6 +34,7 @@ __all__ = [
     "TriesTypes",
     "TypeTrial",
     "UploadStrategy",
+    "Wakes",
 ]
 
 Emit = Callable[[Event], None]
@@ -103,6 +104,8 @@ class RuntimeSettings:
         activations: what products with quantised weights take: ``int8``, ``f32`` or ``auto``; an executor refuses what
             it lacks.
         step_tokens: the most tokens of one step; longer prompts are fed in several.
+        kv_tokens: tokens that all sequences together may hold; 0 for as many as one; see `cache_tokens`.
+        prefix_cache: whether a sequence may take over what others computed; see `mortice.core.plugin.kv_pages`.
 
     """
 
@@ -110,6 +113,13 @@ class RuntimeSettings:
     kv_type: str = "auto"
     activations: str = "auto"
     step_tokens: int = 2048
+    kv_tokens: int = 0
+    prefix_cache: bool = True
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the KV cache has room for: those of one full sequence at least."""
+        return max(self.kv_tokens, self.context_length)
 
 
 class TokenSequence(Protocol):
@@ -121,7 +131,7 @@ class TokenSequence(Protocol):
         ...
 
     def truncate(self, length: int) -> None:
-        """Forget all tokens from position `length` on."""
+        """Forget all tokens from position `length` on; a sequence that shares them keeps them."""
         ...
 
     def close(self) -> None:
@@ -218,6 +228,19 @@ class Traceable(Protocol):
 
         Raises:
             InputError: before any work, as `Runtime.step` does, and for more tokens than a step has.
+
+        """
+        ...
+
+
+@runtime_checkable
+class Wakes(Protocol):
+    """An executor whose device takes a while to come up; optional, the pipeline looks for it."""
+
+    def wake(self) -> None:
+        """Begin to bring the device up, and return; the model file is read meanwhile. `Executor.device` waits for it.
+
+        What goes wrong is kept for `Executor.device` to say: perhaps nobody will ask for the device.
 
         """
         ...
@@ -332,7 +355,7 @@ class Executor(Protocol):
         ...
 
     def kv_bytes(self, program: Program, settings: RuntimeSettings) -> int:
-        """Bytes of the KV cache of one full sequence."""
+        """Bytes of a KV cache with room for ``settings.cache_tokens`` tokens."""
         ...
 
     def workspace_bytes(self, program: Program, settings: RuntimeSettings) -> int:

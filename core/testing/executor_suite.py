@@ -26,19 +26,35 @@ from mortice.core.model.validation import validate
 from mortice.core.parity.compare import SPARE_CONTEXT, compare
 from mortice.core.pipeline import Pipeline, prepare
 from mortice.core.plugin.conformance import describe, executor_faults, kernel_faults
-from mortice.core.plugin.interfaces import Executor, RuntimeSettings, StepPart, TokenSequence, UploadStrategy
+from mortice.core.plugin.interfaces import (
+    Executor,
+    RuntimeSettings,
+    StepPart,
+    TokenSequence,
+    UploadStrategy,
+)
+from mortice.core.plugin.kv_pages import SharesCache
 from mortice.core.plugin.registry import Registry
+from mortice.core.plugin.token_choice import ChoicePart, ChoosesTokens
 from mortice.core.stages import open_file
 from mortice.core.testing.operator_cases import OperatorCase, operator_cases
 from mortice.core.testing.registries import registry_with
 from mortice.core.testing.suite import Suite, each, fail, require, skip
 from mortice.core.testing.tiny_models import write_tiny_model
+from mortice.core.text.params import GenerationParams, SamplingParams
+from mortice.core.text.sampling import Sampled, Sampler
 
 __all__ = ["ExecutorSuite", "Settings"]
 
 _TOKENS = 32
 _CONTEXT = 512
 _CLOSE = 1e-3
+_SAMPLING = (
+    SamplingParams(),
+    SamplingParams(temperature=1.0, top_p=0.9, seed=3),
+    # a token that is taken whenever it is not among the last six twice
+    SamplingParams(temperature=0.7, frequency_penalty=15.0, penalty_window=6, logit_bias={5: 30.0}, seed=4),
+)
 Logits = NDArray[np.float32]
 
 
@@ -274,6 +290,75 @@ class ExecutorSuite(Suite):
             pipeline.runtime.close()
             pipeline.runtime.close()
 
+    def test_sequences_that_share_tokens_do_not_see_each_other(self, tmp_path: Path) -> None:
+        """A fork, and a prompt that takes over a known beginning, go on as if they had been fed everything."""
+        with self.running(tmp_path) as pipeline:
+            runtime = pipeline.runtime
+            if not isinstance(runtime, SharesCache):
+                skip("its sequences share nothing (SharesCache)")
+            size = runtime.page_tokens
+            ids = self.token_ids(pipeline.program, min(size + size // 2, _CONTEXT - 8))
+            one, other = ids[:3], ids[-3:]
+            alone = runtime.new_sequence()
+            _feed(pipeline, alone, ids)
+            wanted = _step(pipeline, alone, other)
+            before, parent = runtime.free_pages, runtime.new_sequence()
+            _feed(pipeline, parent, ids)
+            child = runtime.fork(parent)
+            require(child.length == len(ids), f"a fork of {len(ids)} tokens has {child.length}")
+            _step(pipeline, parent, one)
+            _expect_close(_step(pipeline, child, other), wanted, "a fork whose parent went on")
+            parent.truncate(len(ids))
+            _expect_close(_step(pipeline, parent, other), wanted, "a parent whose fork went on")
+            parent.truncate(size // 2)
+            _step(pipeline, parent, one)
+            child.truncate(len(ids))
+            _expect_close(_step(pipeline, child, other), wanted, "a fork whose parent was cut and went on")
+            late = runtime.new_sequence()
+            known = runtime.adopt_prefix(late, ids)
+            require(
+                known == late.length < len(ids), f"adopt_prefix gave {known}, length is {late.length}, of {len(ids)}"
+            )
+            _feed(pipeline, late, ids[known:])
+            _expect_close(_step(pipeline, late, other), wanted, f"a prompt of which {known} tokens were known")
+            for sequence in (parent, child, late):
+                sequence.close()
+            require(runtime.free_pages == before, f"{before - runtime.free_pages} pages are lost")
+
+    def test_tokens_it_chooses_are_those_of_the_sampler(self, tmp_path: Path) -> None:
+        """For several sequences in a step, each with parameters of its own, whether or not a step is begun ahead."""
+        with self.running(tmp_path) as pipeline:
+            runtime = pipeline.runtime
+            if not isinstance(runtime, ChoosesTokens):
+                skip("the host chooses its tokens (ChoosesTokens)")
+            texts = [self.token_ids(pipeline.program, 4 + number) for number in range(len(_SAMPLING))]
+            prompts = [len(ids) for ids in texts]
+            sequences = [runtime.new_sequence() for _ in texts]
+            ways = zip(sequences, _SAMPLING, strict=True)
+            choices = [runtime.token_choice(sequence, sampling, GenerationParams()) for sequence, sampling in ways]
+            for index in range(16):
+                order = range(len(texts)) if index % 6 else range(len(texts))[::-1]
+                parts = [
+                    ChoicePart(
+                        sequence=sequences[i],
+                        token_ids=texts[i][sequences[i].length :],
+                        choice=choices[i],
+                        index=index,
+                    )
+                    for i in order
+                ]
+                for i, made in zip(order, runtime.choose_step(parts, ahead=index % 4 > 0), strict=True):
+                    if not isinstance(made, Sampled):
+                        fail(f"found {made!r}, wanted a token")
+                    texts[i].append(made.id)
+            for sampling, ids, start in zip(_SAMPLING, texts, prompts, strict=True):
+                logits = _step(pipeline, runtime.new_sequence(), ids)
+                for index, found in enumerate(ids[start:]):
+                    sampler = Sampler(sampling, pipeline.program.vocab_size)
+                    sampler.accept(ids[: start + index])
+                    wanted = sampler.sample(logits[start + index - 1], index).id
+                    require(found == wanted, f"{sampling}: found token {found} after {index} others, wanted {wanted}")
+
 
 def _written(folder: Path, case: OperatorCase) -> Path:
     path = folder / f"model-{len(list(folder.iterdir()))}.gguf"
@@ -287,6 +372,12 @@ def _program(path: Path, case: OperatorCase, registry: Registry) -> Program:
 
 def _step(pipeline: Pipeline, sequence: TokenSequence, ids: Sequence[int], logits: Any = "all") -> Logits:
     return pipeline.runtime.step([StepPart(sequence=sequence, token_ids=list(ids), logits=logits)])
+
+
+def _feed(pipeline: Pipeline, sequence: TokenSequence, ids: Sequence[int]) -> None:
+    size = pipeline.settings.step_tokens
+    for start in range(0, len(ids), size):
+        _step(pipeline, sequence, ids[start : start + size], "none")
 
 
 def _expect_close(found: Logits, wanted: Logits, what: str) -> None:

@@ -19,9 +19,11 @@ from mortice.core.pipeline import Pipeline
 from mortice.core.testing.tiny_models import write_tiny_model
 from mortice.core.text.params import GenerationParams, SamplingParams
 from mortice.core.text.sampling import Sampled, Sampler
-from mortice.plugins.executors.cuda.choosing import TokenChooser, choice_blocks
+from mortice.plugins.executors.cuda.choosing import THREADS, TokenChooser, choice_blocks
 from mortice.plugins.executors.cuda.device import Device, open_device
+from mortice.plugins.executors.cuda.module import Launch
 from mortice.plugins.executors.cuda.nvrtc import compile_cubin
+from mortice.plugins.executors.cuda.rows import MAX_SEQUENCES
 from mortice.plugins.executors.cuda.sources import KernelSources
 from tests.support.cuda import needs_gpu
 from tests.support.draws import possible_tokens
@@ -43,29 +45,39 @@ class Card:
     chooser: TokenChooser = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        source = KernelSources({}).choose(self.vocab_size, self.device.properties.sm_count)
-        module = self.device.load(compile_cubin(source, self.device.arch).cubin)
+        module = self.device.load(compile_cubin(KernelSources({}).choose(self.vocab_size), self.device.arch).cubin)
         self.stream = self.device.new_stream()
         self.chooser = TokenChooser(self.device, self.stream, module, self.vocab_size, CONTEXT)
-        self.logits, self.rows = self.device.allocate(4 * self.vocab_size), self.device.allocate(8)
-        rows = self.rows.address
-        self.launch = self.chooser.launch(logits=self.logits.address, token_ids=rows, positions=rows + 4)
+        self.logits = self.device.allocate(4 * self.vocab_size * MAX_SEQUENCES)
+        self.rows = self.device.allocate(8 * MAX_SEQUENCES)
 
     stream: Any = field(init=False)
     logits: Any = field(init=False)
     rows: Any = field(init=False)
-    launch: Any = field(init=False)
 
-    def begin(self, params: SamplingParams, *, step: int = 0, top: int = 0, seen: Sequence[int] = (0,)) -> None:
-        self.stream.write(self.rows.address, np.array([0, len(seen) - 1], np.int32))
-        self.chooser.begin(params, step=step, top=top, seen=seen)
+    def launches(self, rows: int) -> list[Launch]:
+        table = self.rows.address
+        return self.chooser.launches(
+            rows, logits=self.logits.address, token_ids=table, positions=table + 4 * MAX_SEQUENCES
+        )
 
-    def choose(self, logits: Logits, *, step: int = 0, top: int = 0) -> Sampled:
-        self.stream.write(self.logits.address, logits)
-        self.launch(self.stream)
+    def begin(
+        self, params: SamplingParams, *, step: int = 0, top: int = 0, seen: Sequence[int] = (0,), slot: int = 0
+    ) -> None:
+        self.chooser.begin(self, slot, params, step=step, top=top, position=len(seen) - 1, seen=seen)
+
+    def choose_rows(self, logits: Sequence[Logits], slots: Sequence[int]) -> int:
+        """Let each row choose for a slot; the place of the results."""
+        self.stream.write(self.logits.address, np.stack(logits))
+        self.chooser.place(slots)
+        for launch in self.launches(len(logits)):
+            launch(self.stream)
         place = self.chooser.queued()
         self.chooser.event(place).synchronize()
-        return self.chooser.take(place, step=step, top=top)
+        return place
+
+    def choose(self, logits: Logits, *, step: int = 0, top: int = 0) -> Sampled:
+        return self.chooser.take(self.choose_rows([logits], [0]), step=step, top=top)
 
 
 @pytest.fixture(scope="module")
@@ -179,10 +191,46 @@ def test_logits_that_cannot_be_sampled_are_refused(card: Card) -> None:
     assert card.choose(fine).id == fine.argmax()
 
 
+@pytest.mark.parametrize("count", [2, 7, 32])
+def test_rows_of_a_step_choose_what_each_chooses_alone(card: Card, count: int) -> None:
+    names = list(DRAWS)
+    params = [
+        evolve(SamplingParams(temperature=1.0, seed=row), **DRAWS[names[row % len(names)]]) for row in range(count)
+    ]
+    params[1] = SamplingParams(repetition_penalty=1.3, frequency_penalty=0.2, penalty_window=3, seed=1)
+    logits = [rows(card.vocab_size, row)[0] for row in range(4)]
+    alone: list[list[Sampled]] = []
+    for row in range(count):
+        card.begin(params[row], seen=[3, 4, 5])
+        alone.append([card.choose(values) for values in logits])
+    slots = [(row + 5) % MAX_SEQUENCES for row in range(count)]
+    for row in range(count):
+        card.begin(params[row], seen=[3, 4, 5], slot=slots[row])
+    for step, values in enumerate(logits):
+        present = range(count) if step < 2 else range(count)[::-1]  # rows may change
+        place = card.choose_rows([values] * count, [slots[row] for row in present])
+        for place_row, row in enumerate(present):
+            found = card.chooser.take(place, place_row, step=step, top=0)
+            assert found.id == alone[row][step].id
+            assert found.logprob == pytest.approx(alone[row][step].logprob, rel=1e-5, abs=1e-4)
+
+
+def test_a_row_that_cannot_be_sampled_is_refused_alone(card: Card) -> None:
+    fine = rows(card.vocab_size, 0)[0]
+    for slot in range(3):
+        card.begin(SamplingParams(temperature=1.0, seed=slot), slot=slot)
+    place = card.choose_rows([fine, np.full_like(fine, np.nan), fine], [0, 1, 2])
+    with pytest.raises(ExecutionError, match="step 4: the logits hold NaN"):
+        card.chooser.take(place, 1, step=4, top=0)
+    for row in (0, 2):
+        sampler = Sampler(SamplingParams(temperature=1.0, seed=row), card.vocab_size)
+        assert card.chooser.take(place, row, step=0, top=0).id == sampler.sample(fine, 0).id
+
+
 def test_blocks_all_find_a_multiprocessor(card: Card) -> None:
-    device = card.device
-    assert choice_blocks(device.properties.sm_count) <= device.properties.sm_count
-    assert card.chooser.module.function("choose").blocks_per_sm(512) >= 1
+    sm_count = card.device.properties.sm_count
+    assert all(rows * choice_blocks(sm_count, rows) <= sm_count for rows in range(1, sm_count // 4))
+    assert card.chooser.module.function("choose").blocks_per_sm(THREADS) >= 1
 
 
 # whole pipelines ---------------------------------------------------------------------------------------------------

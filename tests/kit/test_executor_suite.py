@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,24 +11,27 @@ import pytest
 
 from mortice.core.errors import DeviceError
 from mortice.core.model.types import DeviceInfo
+from mortice.core.plugin.interfaces import StepPart
 from mortice.core.testing.executor_suite import ExecutorSuite
 from mortice.core.testing.fake_device import fake_device_info
 from mortice.core.testing.operator_cases import OperatorCase
 from mortice.core.testing.suite import outcomes
+from mortice.core.text.sampling import Sampler
 from mortice.plugins.executors.cuda.executor import CudaExecutor
 from mortice.plugins.executors.cuda.properties import list_devices
 from mortice.plugins.executors.reference import ops
 from mortice.plugins.executors.reference.executor import ReferenceExecutor
 from mortice.plugins.executors.reference.runtime import ReferenceRuntime
-from tests.kit.running import failures, run
+from tests.kit.running import failures
 
 CASE = "every operator equals the reference"
 
 
 def test_the_reference_executor_passes() -> None:
-    failed, counts = run(ExecutorSuite.of(executor=ReferenceExecutor("mine")))
-    assert failed == {}
-    assert set(counts) == {"passed"}
+    found = list(outcomes(ExecutorSuite.of(executor=ReferenceExecutor("mine"))))
+    left_out = [outcome.message for outcome in found if outcome.status == "skipped"]
+    assert left_out == ["the host chooses its tokens (ChoosesTokens)"]
+    assert {outcome.status for outcome in found} == {"passed", "skipped"}
 
 
 def test_an_executor_without_its_device_is_skipped_with_the_reason() -> None:
@@ -104,6 +108,64 @@ def test_logits_in_another_order_are_reported() -> None:
             return super().step(parts)[::-1]
 
     assert f"{CASE} [llama]" in failures(LlamaOnly.of(executor=wrong(Reversed)), CASE)
+
+
+SHARED = "sequences that share tokens do not see each other"
+
+
+def test_a_page_that_is_not_copied_is_reported() -> None:
+    class CopiesNothing(ReferenceRuntime):
+        def new_sequence(self) -> Any:
+            sequence = super().new_sequence()
+            sequence.copy_page = lambda source, destination: None
+            return sequence
+
+    assert "a parent whose fork went on" in failures(ExecutorSuite.of(executor=wrong(CopiesNothing)), SHARED)[SHARED]
+
+
+def test_a_prefix_of_other_tokens_is_reported() -> None:
+    class FirstPage(ReferenceRuntime):
+        def adopt_prefix(self, sequence: Any, token_ids: Any) -> int:
+            found = super().adopt_prefix(sequence, token_ids)
+            sequence.pages[0] = 0 if sequence.pages[0] else 1
+            return found
+
+    failed = failures(ExecutorSuite.of(executor=wrong(FirstPage)), SHARED)
+    assert "a prompt of which 64 tokens were known" in failed[SHARED]
+
+
+CHOSEN = "tokens it chooses are those of the sampler"
+
+
+class Chooses(ReferenceRuntime):
+    """Chooses tokens with the host's sampler."""
+
+    def token_choice(self, sequence: Any, sampling: Any, _: Any) -> Any:
+        return SimpleNamespace(sequence=sequence, sampling=sampling)
+
+    def choose_step(self, parts: Any, *, ahead: bool) -> Any:
+        logits = self.step([StepPart(sequence=part.sequence, token_ids=part.token_ids) for part in parts])
+        return [self.sampler(part).sample(row, part.index) for part, row in zip(parts, logits, strict=True)]
+
+    def sampler(self, part: Any) -> Sampler:
+        sampler = Sampler(part.choice.sampling, 512)
+        sampler.accept(part.sequence.tokens)
+        return sampler
+
+
+def test_a_runtime_that_chooses_tokens_passes() -> None:
+    found = list(outcomes(ExecutorSuite.of(executor=wrong(Chooses)), CHOSEN))
+    assert [(outcome.status, outcome.message) for outcome in found] == [("passed", "")]
+
+
+def test_tokens_chosen_without_what_came_before_are_reported() -> None:
+    class Forgetful(Chooses):
+        def sampler(self, part: Any) -> Sampler:
+            sampler = Sampler(part.choice.sampling, 512)
+            sampler.accept(part.sequence.tokens[-2:])  # penalties see too little
+            return sampler
+
+    assert "frequency_penalty=15.0" in failures(ExecutorSuite.of(executor=wrong(Forgetful)), CHOSEN)[CHOSEN]
 
 
 def test_settings_that_are_passed_over_are_reported() -> None:

@@ -12,13 +12,13 @@ import pytest
 from attrs import define, evolve, field
 from numpy.typing import NDArray
 
-from mortice.core.batch import KV_PAGE_TOKENS, finished_results, stream_many
+from mortice.core.batch import finished_results, stream_many
 from mortice.core.config import ExecutorConfig, ModelConfig, RunConfig
 from mortice.core.errors import ConfigError, DeviceError, ExecutionError, InputError
 from mortice.core.pipeline import Pipeline, load
 from mortice.core.plugin.interfaces import Runtime, StepPart, TokenSequence
+from mortice.core.plugin.kv_pages import PAGE_TOKENS, SharesCache
 from mortice.core.text.generation import Piece
-from mortice.plugins.executors.cuda.kv_pool import PAGE_TOKENS
 from tests.support.tiny import tiny
 
 PROMPTS: list[str | list[int]] = ["hello", "a much longer prompt than the others have, in many tokens", [5, 6, 7], "x"]
@@ -84,6 +84,31 @@ class Watched:
         if error is not None:
             raise error
         return self.inner.step([evolve(part, sequence=inner_of(part.sequence)) for part in parts])
+
+    # `SharesCache` -------------------------------------------------------------------------------------------------
+
+    @property
+    def shares(self) -> SharesCache:
+        assert isinstance(self.inner, SharesCache)
+        return self.inner
+
+    @property
+    def page_tokens(self) -> int:
+        return self.shares.page_tokens
+
+    @property
+    def free_pages(self) -> int:
+        return self.shares.free_pages
+
+    def cached_prefix(self, token_ids: Sequence[int]) -> int:
+        return self.shares.cached_prefix(token_ids)
+
+    def adopt_prefix(self, sequence: TokenSequence, token_ids: Sequence[int]) -> int:
+        return self.shares.adopt_prefix(inner_of(sequence), token_ids)
+
+    def fork(self, sequence: TokenSequence) -> WatchedSequence:
+        self.open.append(WatchedSequence(self.shares.fork(inner_of(sequence)), self.open))
+        return self.open[-1]
 
 
 def inner_of(sequence: TokenSequence) -> TokenSequence:
@@ -187,21 +212,17 @@ def test_more_than_the_runtime_has_sequences_wait_their_turn(pipe: Pipeline) -> 
 
 
 def test_no_more_start_than_the_kv_cache_has_pages_for(model: Path) -> None:
-    with opened(model, context=4 * KV_PAGE_TOKENS, step_tokens=64) as pipe:
+    with opened(model, context=4 * PAGE_TOKENS, step_tokens=64) as pipe:
         runtime = watch(pipe)
         # two pages each by what they may come to hold
         prompts = [[number + 1] for number in range(5)]
-        options = {"max_tokens": 2 * KV_PAGE_TOKENS, "stop": ("\x00",)}
+        options = {"max_tokens": 2 * PAGE_TOKENS, "stop": ("\x00",)}
         for index, piece in (pieces := pipe.generate_many(prompts, **options)):
             assert index in (0, 1)
             if piece.index == 5:
                 break
         pieces.close()  # type: ignore[attr-defined]
         assert max(len(step) for step in runtime.steps) == 2
-
-
-def test_a_page_is_not_smaller_than_the_cuda_executors() -> None:
-    assert KV_PAGE_TOKENS == PAGE_TOKENS
 
 
 def test_fewer_tokens_a_step_than_sequences_still_finish_all(model: Path) -> None:

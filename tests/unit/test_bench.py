@@ -39,12 +39,13 @@ def opener(
     recipe: str = "Q8_0",
     *,
     context: int = 16,
+    kv_tokens: int = 0,
     layout: str = "auto",
     step_tokens: int = 512,
 ) -> Callable[[], Pipeline]:
     """Opens a model of one layer on the reference executor."""
     config = RunConfig(
-        executor=ExecutorConfig(name="reference", context=context, step_tokens=step_tokens),
+        executor=ExecutorConfig(name="reference", context=context, kv_tokens=kv_tokens, step_tokens=step_tokens),
         kernels=KernelsConfig(layout=layout),
     )
     return lambda: prepare_opened(config, make_registry(), synth_model(shape, recipe, layers=1, stored=True))
@@ -97,6 +98,7 @@ def test_a_layer_with_a_window_reads_no_more_than_that() -> None:
     assert traffic.bytes_at(3) == 1000 + 30 + 30 + 20
     assert traffic.bytes_at(9) == 1000 + 90 + 40 + 20
     assert traffic.mean_bytes(3, 2) == (traffic.bytes_at(3) + traffic.bytes_at(4)) / 2
+    assert traffic.mean_bytes(3, 1, 4) == 1000 / 4 + 30 + 30 + 20  # all sequences read the weights once
 
 
 # rows
@@ -265,10 +267,10 @@ def test_the_share_of_the_bandwidth_is_bytes_at_the_median_speed_over_what_was_m
 def test_markdown_has_a_line_for_each_row_and_a_dash_for_what_is_not_known() -> None:
     text = markdown(made(row(token_bytes=8e6, read_bandwidth=1e8, host_seconds=(1e-3,) * 3), row(test="prefill")))
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
-    assert lines[0][:6] == ["test", "tokens", "depth", "tok/s", "± sd", "median"]
-    assert lines[0][6:] == ["MB/token", "GB/s", "% of read", "host µs/token"]
-    assert lines[2] == ["decode", "10", "0", "5.67", "4.04", "5.00", "8.00", "0.04", "40.0", "100.0"]
-    assert lines[3] == ["prefill", "10", "0", "5.67", "4.04", "5.00", "-", "-", "-", "-"]
+    assert lines[0][:7] == ["test", "tokens", "depth", "seqs", "tok/s", "± sd", "median"]
+    assert lines[0][7:] == ["MB/token", "GB/s", "% of read", "host µs/token"]
+    assert lines[2] == ["decode", "10", "0", "1", "5.67", "4.04", "5.00", "8.00", "0.04", "40.0", "100.0"]
+    assert lines[3] == ["prefill", "10", "0", "1", "5.67", "4.04", "5.00", "-", "-", "-", "-"]
     assert ["upload of 1.0 MB at 0.00 GB/s", "500.0 ms"] in lines
     assert ["first token after 512 tokens, warm (median)", "200.0 ms"] in lines
 
@@ -321,6 +323,8 @@ def test_the_context_needed_counts_the_token_before_the_decoded_ones() -> None:
         ({"repeats": 0}, "repeats: found 0, wanted at least 1"),
         ({"prompt_tokens": (0,), "generated_tokens": ()}, "nothing to measure"),
         ({"depths": ()}, "nothing to measure"),
+        ({"batch": ()}, "nothing to measure"),
+        ({"batch": (1, 0)}, "batch: found 0, wanted at least 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(values: dict[str, Any], message: str) -> None:

@@ -62,7 +62,11 @@ FLOORS = (  # from the ground up
         "built-ins stand where third parties stand: above the hooks, below the rest",
     ),
     Floor("manager", ("core/plugin/manager.py",), "finds and loads plugins; no plugin may know that it exists"),
-    Floor("registry", ("core/plugin/resolution.py", "core/plugin/registry.py"), "asks the loaded plugins, with types"),
+    Floor(
+        "registry",
+        ("core/plugin/resolution.py", "core/plugin/registry.py", "core/plugin/trial_import.py"),
+        "asks the loaded plugins, with types, and looks whether they can be loaded at all",
+    ),
     Floor(
         "flow",
         ("core/stages.py", "core/session.py", "core/batch.py", "core/pipeline.py"),

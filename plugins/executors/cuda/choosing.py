@@ -1,7 +1,7 @@
-"""Choosing tokens on the card: each decode step ends by choosing its token and begins the next step with it.
+"""Choosing tokens on the card: what is kept there for each sequence, and the kernel, ``ops/choose.cu``.
 
-One step is always launched ahead of the one waited for, so the card never waits for the host; when text ends, one step
-was too many, and what it wrote lies beyond the sequence's length. The kernel is ``ops/choose.cu``.
+Each decode step ends by choosing its tokens and begins the next step with them. `decoder` uses it for one sequence,
+`step_choices` for several.
 """
 
 from __future__ import annotations
@@ -9,40 +9,41 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from attrs import define, field
 
 from mortice.core.errors import ConfigError, ExecutionError
-from mortice.core.plugin.interfaces import StepPart
 from mortice.core.text.params import SamplingParams
 from mortice.core.text.sampling import Sampled
 from mortice.plugins.executors.cuda.device import Device
-from mortice.plugins.executors.cuda.kv_pool import PAGE_TOKENS, CudaSequence
 from mortice.plugins.executors.cuda.module import Int, Launch, Module, Pointer
+from mortice.plugins.executors.cuda.rows import MAX_SEQUENCES
 from mortice.plugins.executors.cuda.stream import Event, Stream
 
 __all__ = [
     "RING",
     "TOP_LIMIT",
     "ChoiceParams",
+    "ChoiceRow",
     "ChooseArgs",
     "Chosen",
-    "Decoder",
     "TokenChooser",
+    "check_bias",
     "choice_blocks",
     "choice_bytes",
     "choice_defines",
     "choice_params",
+    "choice_rows_at_once",
 ]
 
 THREADS = 512
 TOP_LIMIT = 64
 """Alternatives a step can report; where more are wanted the host samples."""
 
-_BLOCKS = 64
 RING = 16
+_MOST_BLOCKS, _LEAST_BLOCKS = 64, 4
 _BINS = 2048
 
 _PROBLEMS = {
@@ -62,10 +63,14 @@ class ChoiceParams(ctypes.Structure):
         ("step", ctypes.c_uint64),
         ("top_p", ctypes.c_double),
         *((name, ctypes.c_float) for name in ("temperature", "log_min_p", "repetition", "presence", "frequency")),
-        *((name, Int) for name in ("top_k", "window", "top", "penalises", "biased")),
-        ("launches", ctypes.c_uint32),
-        ("unused", ctypes.c_uint32),
+        *((name, Int) for name in ("top_k", "window", "top", "penalises", "biased", "position", "unused")),
     ]
+
+
+class ChoiceRow(ctypes.Structure):
+    """Mirror of ``ChoiceRow``."""
+
+    _fields_ = [("slot", Int), ("launches", ctypes.c_uint32)]
 
 
 class _Alternative(ctypes.Structure):
@@ -88,53 +93,69 @@ class ChooseArgs(ctypes.Structure):
     """Mirror of ``ChooseArgs``."""
 
     _fields_ = [
-        (name, Pointer)
-        for name in ("logits", "params", "bias", "counts", "history", "scratch", "token_ids", "positions", "chosen")
+        *((name, Pointer) for name in ("logits", "rows", "params", "bias", "counts", "history", "scratch")),
+        *((name, Pointer) for name in ("token_ids", "positions", "chosen")),
+        *((name, Int) for name in ("first", "history_length")),
     ]
 
 
-def choice_blocks(sm_count: int) -> int:
-    """Blocks of the kernel. They wait for each other, so that each has to find a multiprocessor."""
-    return min(_BLOCKS, sm_count)
+def choice_rows_at_once(sm_count: int) -> int:
+    """Rows of a launch. All its blocks wait for others, so that each has to find a multiprocessor."""
+    return max(1, min(MAX_SEQUENCES, sm_count // _LEAST_BLOCKS))
 
 
-def _scratch_bytes(vocab_size: int, blocks: int, threads: int = THREADS) -> int:
+def choice_blocks(sm_count: int, rows: int) -> int:
+    """Blocks for each row of a launch of `rows`."""
+    return max(_LEAST_BLOCKS, min(_MOST_BLOCKS, sm_count // rows))
+
+
+def _scratch_bytes(vocab_size: int, most_blocks: int = _MOST_BLOCKS, threads: int = THREADS) -> int:
     exchange = 8 * (_BINS + 1) + 4 * (_BINS + 2) + 16 * threads
-    return -(-(3 * exchange + 28 * blocks + 8 + 4 * vocab_size) // 8) * 8
+    return -(-(3 * exchange + 28 * most_blocks + 8 + 4 * vocab_size) // 8) * 8
 
 
 def choice_bytes(vocab_size: int, context_length: int, sm_count: int) -> int:
     """Bytes a `TokenChooser` allocates on the device."""
-    return sum(_parts(vocab_size, context_length, choice_blocks(sm_count)).values())
+    return sum(_parts(vocab_size, context_length, sm_count).values())
 
 
-def _parts(vocab_size: int, context_length: int, blocks: int) -> dict[str, int]:
+def _parts(vocab_size: int, context_length: int, sm_count: int) -> dict[str, int]:
     return {
-        "params": ctypes.sizeof(ChoiceParams),
-        "scratch": _scratch_bytes(vocab_size, blocks),
-        "bias": 4 * vocab_size,
-        "counts": 4 * vocab_size,
-        "history": 4 * (context_length + 1),  # the token chosen at the context's end is noted too
+        "params": ctypes.sizeof(ChoiceParams) * MAX_SEQUENCES,
+        "rows": ctypes.sizeof(ChoiceRow) * MAX_SEQUENCES,
+        "scratch": _scratch_bytes(vocab_size) * choice_rows_at_once(sm_count),
+        "bias": 4 * vocab_size * MAX_SEQUENCES,
+        "counts": 4 * vocab_size * MAX_SEQUENCES,
+        "history": 4 * _history_length(context_length) * MAX_SEQUENCES,
     }
 
 
-def choice_defines(vocab_size: int, blocks: int, threads: int = THREADS) -> dict[str, str | int]:
+def _history_length(context_length: int) -> int:
+    """The token chosen at the context's end is noted too."""
+    return context_length + 1
+
+
+def choice_defines(
+    vocab_size: int, most_blocks: int = _MOST_BLOCKS, least_blocks: int = _LEAST_BLOCKS, threads: int = THREADS
+) -> dict[str, str | int]:
     """Constants of the kernel; it refuses to compile where its structures are not those of this module."""
     return {
         "VOCAB_SIZE": vocab_size,
-        "BLOCKS": blocks,
+        "MOST_BLOCKS": most_blocks,
+        "LEAST_BLOCKS": least_blocks,
         "THREADS": threads,
         "RING": RING,
+        "ROWS": MAX_SEQUENCES,
         "TOP_LIMIT": TOP_LIMIT,
         "PARAMS_BYTES": ctypes.sizeof(ChoiceParams),
         "CHOSEN_BYTES": ctypes.sizeof(Chosen),
-        "SCRATCH_BYTES": _scratch_bytes(vocab_size, blocks, threads),
+        "SCRATCH_BYTES": _scratch_bytes(vocab_size, most_blocks, threads),
         "ARGS_BYTES": ctypes.sizeof(ChooseArgs),
     }
 
 
-def choice_params(sampling: SamplingParams, vocab_size: int, *, step: int, top: int) -> ChoiceParams:
-    """What the kernel reads; the seed is settled, and the place in the ring is 0."""
+def choice_params(sampling: SamplingParams, vocab_size: int, *, step: int, top: int, position: int = 0) -> ChoiceParams:
+    """What the kernel reads; the seed is settled."""
     return ChoiceParams(
         seed=sampling.seed,
         step=step,
@@ -149,12 +170,25 @@ def choice_params(sampling: SamplingParams, vocab_size: int, *, step: int, top: 
         top=top,
         penalises=sampling.penalises,
         biased=bool(sampling.logit_bias),
+        position=position,
     )
+
+
+def check_bias(sampling: SamplingParams, vocab_size: int) -> None:
+    """Refuse a bias of a token that does not exist, as `mortice.core.text.sampling.Sampler` does.
+
+    Raises:
+        ConfigError: naming it.
+
+    """
+    beyond = [token for token in sampling.logit_bias if token >= vocab_size]
+    if beyond:
+        raise ConfigError(f"logit_bias: found token id {min(beyond)}, wanted one below {vocab_size}")
 
 
 @define(eq=False)
 class TokenChooser:
-    """The kernel and what it keeps on the card: parameters, bias, counts of tokens. One sequence uses it at a time.
+    """The kernel, and what it keeps on the card for each slot of sequences: parameters, bias, counts of tokens.
 
     Attributes:
         device: where.
@@ -162,6 +196,7 @@ class TokenChooser:
         module: the compiled ``ops/choose.cu``.
         vocab_size: length of a row of logits.
         context_length: of the longest sequence.
+        owners: who wrote what is kept for a slot last, by slot.
 
     """
 
@@ -170,67 +205,109 @@ class TokenChooser:
     module: Module
     vocab_size: int
     context_length: int
+    owners: list[object] = field(factory=lambda: [None] * MAX_SEQUENCES, init=False, repr=False)
     _memory: Any = field(init=False, repr=False)
     _at: dict[str, int] = field(factory=dict, init=False, repr=False)
     _results: Any = field(init=False, repr=False)
-    _chosen: list[Chosen] = field(init=False, repr=False)
+    _chosen: list[list[Chosen]] = field(init=False, repr=False)
     _events: list[Event] = field(init=False, repr=False)
     _launches: int = field(default=0, init=False, repr=False)
     _count: Launch = field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        parts = _parts(self.vocab_size, self.context_length, choice_blocks(self.device.properties.sm_count))
+        sm_count = self.device.properties.sm_count
+        parts = _parts(self.vocab_size, self.context_length, sm_count)
         self._memory = self.device.allocate(sum(parts.values()))
         self.stream.fill(self._memory.address, 0, self._memory.nbytes)
         at = self._memory.address
         for name, nbytes in parts.items():
             self._at[name] = at
             at += nbytes
-        self._results = self.device.allocate_host(ctypes.sizeof(Chosen) * RING)
-        self._chosen = [Chosen.from_address(self._results.address + ctypes.sizeof(Chosen) * i) for i in range(RING)]
+        size = ctypes.sizeof(Chosen)
+        self._results = self.device.allocate_host(size * MAX_SEQUENCES * RING)
+        starts = range(self._results.address, self._results.address + self._results.nbytes, size)
+        chosen = [Chosen.from_address(start) for start in starts]
+        self._chosen = [chosen[start : start + MAX_SEQUENCES] for start in range(0, len(chosen), MAX_SEQUENCES)]
         self._events = [self.device.new_event() for _ in range(RING)]
         self._count = self.module.function("count_tokens").prepare(
-            choice_blocks(self.device.properties.sm_count),
-            THREADS,
-            (Pointer(self._at["history"]), Pointer(self._at["counts"]), Int(0), Int(0)),
+            choice_blocks(sm_count, 1), THREADS, (Pointer(0), Pointer(0), Int(0), Int(0))
         )
 
-    def launch(self, *, logits: int, token_ids: int, positions: int) -> Launch:
-        """The end of a decode step: reads a row of logits, writes the row of the step after."""
-        args = ChooseArgs(
-            logits=logits,
-            token_ids=token_ids,
-            positions=positions,
-            chosen=self._results.device_address,
-            **self._at,
-        )
+    def launches(self, rows: int, *, logits: int, token_ids: int, positions: int) -> list[Launch]:
+        """The end of a step with `rows` rows of logits: reads them, writes the rows of the step after.
+
+        What queued these rows last has to be over when the launch before these begins.
+        """
+        sm_count = self.device.properties.sm_count
+        function = self.module.function("choose")
         pdl = self.device.properties.compute_capability >= (9, 0)
-        blocks = choice_blocks(self.device.properties.sm_count)
-        return self.module.function("choose").prepare(blocks, THREADS, (args,), pdl=pdl)
+        launches = []
+        for first in range(0, rows, choice_rows_at_once(sm_count)):
+            count = min(choice_rows_at_once(sm_count), rows - first)
+            args = ChooseArgs(
+                logits=logits,
+                token_ids=token_ids,
+                positions=positions,
+                chosen=self._results.device_address,
+                first=first,
+                history_length=_history_length(self.context_length),
+                **self._at,
+            )
+            launches.append(
+                function.prepare(
+                    (choice_blocks(sm_count, count), count, 1), THREADS, (args,), pdl=pdl, whole_shared=pdl
+                )
+            )
+        return launches
 
-    def begin(self, sampling: SamplingParams, *, step: int, top: int, seen: Sequence[int]) -> None:
-        """Queue new parameters.
+    def begin(
+        self,
+        owner: object,
+        slot: int,
+        sampling: SamplingParams,
+        *,
+        step: int,
+        top: int,
+        position: int,
+        seen: Sequence[int] = (),
+    ) -> None:
+        """Queue writing what is kept for a slot.
 
         Args:
+            owner: who uses it until somebody else begins.
+            slot: which.
             sampling: how to choose, its seed settled.
             step: tokens generated before.
             top: alternatives to report.
-            seen: all tokens of the sequence, the one to be fed included; only looked at where penalties are on.
+            position: of the token that the next step feeds.
+            seen: all tokens of the sequence, that one included; only looked at where penalties are on.
 
         """
-        params = choice_params(sampling, self.vocab_size, step=step, top=top)
-        params.launches = self._launches % 2**32
-        self.stream.write(self._at["params"], np.frombuffer(bytes(params), dtype=np.uint8))
+        self.owners[slot] = owner
+        params = choice_params(sampling, self.vocab_size, step=step, top=top, position=position)
+        self.stream.write(self._of("params", slot, ctypes.sizeof(params)), np.frombuffer(bytes(params), np.uint8))
         if sampling.logit_bias:
             bias = np.zeros(self.vocab_size, np.float32)
             bias[list(sampling.logit_bias)] = list(sampling.logit_bias.values())
-            self.stream.write(self._at["bias"], bias)
+            self.stream.write(self._of("bias", slot, bias.nbytes), bias)
         if sampling.penalises:
-            self.stream.write(self._at["history"], np.array(seen, np.int32))
-            self.stream.fill(self._at["counts"], 0, 4 * self.vocab_size)
+            history = self._of("history", slot, 4 * _history_length(self.context_length))
+            counts = self._of("counts", slot, 4 * self.vocab_size)
+            self.stream.write(history, np.array(seen, np.int32))
+            self.stream.fill(counts, 0, 4 * self.vocab_size)
             window = sampling.penalty_window or len(seen)
-            self._count.args[2].value, self._count.args[3].value = max(0, len(seen) - window), len(seen)
+            counted = (history, counts, max(0, len(seen) - window), len(seen))
+            for arg, value in zip(self._count.args, counted, strict=True):
+                arg.value = value
             self._count(self.stream)
+
+    def _of(self, name: str, slot: int, nbytes: int) -> int:
+        return self._at[name] + slot * nbytes
+
+    def place(self, slots: Sequence[int]) -> None:
+        """Queue saying which slot each row of the steps to come belongs to."""
+        rows = np.array([(slot, self._launches % 2**32) for slot in slots], np.dtype(ChoiceRow))
+        self.stream.write(self._at["rows"], rows)
 
     def queued(self) -> int:
         """Note that a step was queued; returns what `take` wants."""
@@ -243,14 +320,14 @@ class TokenChooser:
         """What a queued step ends with."""
         return self._events[place]
 
-    def take(self, place: int, *, step: int, top: int) -> Sampled:
-        """The result of a step that has ended.
+    def take(self, place: int, row: int = 0, *, step: int, top: int) -> Sampled:
+        """The result of a row of a step that has ended.
 
         Raises:
             ExecutionError: as `mortice.core.text.sampling.Sampler.sample`.
 
         """
-        chosen = self._chosen[place]
+        chosen = self._chosen[place][row]
         if chosen.problem:
             gravest = next(text for bit, text in _PROBLEMS.items() if chosen.problem & bit)
             raise ExecutionError(f"step {step}: {gravest}")
@@ -263,93 +340,3 @@ class TokenChooser:
             event.close()
         self._results.close()
         self._memory.close()
-
-
-class DecodeSteps(Protocol):
-    """What the runtime does for a decoder."""
-
-    epoch: int
-    """Changes when the rows on the device are written anew."""
-
-    @property
-    def chooser(self) -> TokenChooser: ...
-
-    def step(self, parts: Sequence[StepPart]) -> Any:
-        """Run the program."""
-        ...
-
-    def decode(self, sequence: CudaSequence, token: int | None) -> None:
-        """Queue a step of one token that ends with choosing the next: a given one, or the one chosen last."""
-        ...
-
-    def wait(self, work: Event) -> None:
-        """Wait for work on the card."""
-        ...
-
-
-@define(eq=False)
-class Decoder:
-    """Chooses the tokens of one sequence; see `mortice.core.text.generation.ChooseToken`.
-
-    What the card holds of a decoder (rows, parameters, counts) is lost when anything else runs: the epoch tells, and
-    then all of it is written again.
-
-    Attributes:
-        runtime: runs the steps.
-        sequence: the sequence.
-        sampling: how to choose, its seed settled.
-        top: alternatives to report.
-        fed: the tokens of the sequence before those of a call, kept up to date by the caller.
-
-    """
-
-    runtime: DecodeSteps
-    sequence: CudaSequence
-    sampling: SamplingParams
-    top: int
-    fed: Sequence[int]
-    _last: int | None = field(default=None, init=False)
-    _epoch: int = field(default=-1, init=False)
-    _ahead: tuple[int, int, int] | None = field(default=None, init=False)
-    """A step under way: its place in the ring, the position of the token it feeds, and its number."""
-
-    def __attrs_post_init__(self) -> None:
-        beyond = [token for token in self.sampling.logit_bias if token >= self.runtime.chooser.vocab_size]
-        if beyond:
-            wanted = self.runtime.chooser.vocab_size
-            raise ConfigError(f"logit_bias: found token id {min(beyond)}, wanted one below {wanted}")
-
-    def __call__(self, ids: Sequence[int], index: int) -> Sampled:
-        runtime, sequence = self.runtime, self.sequence
-        runtime.chooser.device.make_current()
-        ahead, self._ahead = self._ahead, None
-        current = self._epoch == runtime.epoch and len(ids) == 1 and ids[0] == self._last
-        if ahead is not None and current and ahead[1:] == (sequence.length, index):
-            place = ahead[0]
-        else:
-            place = self._begin(ids, index)
-        sequence.length += 1
-        if _has_room(sequence):
-            runtime.decode(sequence, None)
-            self._ahead = runtime.chooser.queued(), sequence.length, index + 1
-        runtime.wait(runtime.chooser.event(place))
-        sampled = runtime.chooser.take(place, step=index, top=self.top)
-        self._last = sampled.id
-        return sampled
-
-    def _begin(self, ids: Sequence[int], index: int) -> int:
-        """Feed tokens that are not on the card yet."""
-        runtime = self.runtime
-        seen = [*self.fed, *ids] if self.sampling.penalises else ()
-        if len(ids) > 1:
-            runtime.step([StepPart(sequence=self.sequence, token_ids=ids[:-1], logits="none")])
-        runtime.chooser.begin(self.sampling, step=index, top=self.top, seen=seen)
-        runtime.decode(self.sequence, int(ids[-1]))
-        self._epoch = runtime.epoch
-        return runtime.chooser.queued()
-
-
-def _has_room(sequence: CudaSequence) -> bool:
-    """Whether one more token can be fed; a step ahead must not fail where the text might end before it."""
-    has_page = len(sequence.pages) * PAGE_TOKENS > sequence.length or sequence.pool.free > 0
-    return sequence.length < sequence.context_length and has_page

@@ -5,37 +5,48 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from attrs import define, field
 from numpy.typing import NDArray
 
-from mortice.core.errors import InputError
+from mortice.core.errors import ExecutionError, InputError
 from mortice.core.model.operators import Buffer
 from mortice.core.model.residency import BoundModel
-from mortice.core.plugin.events import GraphCaptured, StepDone
+from mortice.core.plugin.events import StepDone
 from mortice.core.plugin.interfaces import Emit, RuntimeSettings, StepPart, TokenSequence
+from mortice.core.plugin.kv_pages import PagedRuntime, PagePool, page_count
+from mortice.core.plugin.token_choice import ChoicePart
 from mortice.core.text.params import GenerationParams, SamplingParams
+from mortice.core.text.sampling import Sampled
 from mortice.plugins.executors.cuda.bandwidth import measure_read_bandwidth
-from mortice.plugins.executors.cuda.choosing import TOP_LIMIT, Decoder, TokenChooser
+from mortice.plugins.executors.cuda.choosing import TOP_LIMIT, TokenChooser, check_bias
 from mortice.plugins.executors.cuda.cublas import Blas, find_cublas
+from mortice.plugins.executors.cuda.decoder import Decoder
 from mortice.plugins.executors.cuda.device import Device
+from mortice.plugins.executors.cuda.graphs import StepGraphs
 from mortice.plugins.executors.cuda.kernels import Kernels
-from mortice.plugins.executors.cuda.kv_pool import PAGE_TOKENS, CudaSequence, PagePool, page_count
+from mortice.plugins.executors.cuda.kv_pool import CudaSequence
 from mortice.plugins.executors.cuda.launches import GemmSpec, LaunchSpec, Queued, Spec
 from mortice.plugins.executors.cuda.lowering import Lowering
+from mortice.plugins.executors.cuda.module import Function, Launch
+from mortice.plugins.executors.cuda.nvrtc import Source
 from mortice.plugins.executors.cuda.placing import LOGIT_ROWS
 from mortice.plugins.executors.cuda.rows import MAX_SEQUENCES, Row, RowTable
 from mortice.plugins.executors.cuda.runtime_memory import RuntimeMemory
-from mortice.plugins.executors.cuda.stream import Event, Stream
+from mortice.plugins.executors.cuda.step_choices import CudaChoice, StepChoices
+from mortice.plugins.executors.cuda.stream import Event, GraphExec, Stream
 from mortice.plugins.executors.cuda.tracing import Part, profile, trace
 
 __all__ = ["CudaRuntime"]
 
+_WHOLE_SHARED_ROWS = 1
+"""Steps of up to so many rows want multiprocessors with as much shared memory as they have; see `Function.prepare`."""
+
 
 @define(eq=False)
-class CudaRuntime:
+class CudaRuntime(PagedRuntime[CudaSequence]):
     """A program on a CUDA device."""
 
     model: BoundModel
@@ -45,7 +56,8 @@ class CudaRuntime:
     kernels: Kernels
     _closed: bool = field(default=False, init=False, repr=False)
     _plans: dict[tuple[Part, int], list[Queued]] = field(factory=dict, init=False, repr=False)
-    _graphs: dict[str, Any] = field(factory=dict, init=False, repr=False)
+    _asked: dict[tuple[Source, str, int], tuple[Function, int, int]] = field(factory=dict, init=False, repr=False)
+    _choices: dict[int, list[Launch]] = field(factory=dict, init=False, repr=False)
     epoch: int = field(default=0, init=False)
     """Counts the steps that wrote the rows anew; whoever launched ahead sees by it that they are no longer its own."""
     waited_seconds: float = field(default=0.0, init=False)
@@ -68,14 +80,16 @@ class CudaRuntime:
             (spec.source, spec.entry): self._modules[spec.source].function(spec.entry) for spec in kernels.launches
         }
         self.stream = undo.enter_context(closing(device.new_stream()))
-        self.memory = RuntimeMemory(device, self.stream, lowering, self.model, self.settings.context_length)
+        self.memory = RuntimeMemory(device, self.stream, lowering, self.model, self.settings)
         undo.callback(self.memory.close)
         self.chooser = TokenChooser(
             device, self.stream, self._modules[kernels.choose], program.vocab_size, self.settings.context_length
         )
         undo.callback(self.chooser.close)
-        self._pool = PagePool(page_count(self.settings.context_length))
+        self.pool = PagePool(page_count(self.settings.cache_tokens), self.settings.prefix_cache)
         self._slots = list(range(MAX_SEQUENCES - 1, -1, -1))
+        self._graphs = StepGraphs(self.stream, self.emit)
+        self._choosing = StepChoices(self)
         self.stream.synchronize()
 
     _undo: ExitStack = field(init=False, repr=False)
@@ -85,9 +99,11 @@ class CudaRuntime:
     _blas: Blas | None = field(default=None, init=False, repr=False)
     stream: Any = field(init=False, repr=False)
     memory: RuntimeMemory = field(init=False, repr=False)
-    _pool: PagePool = field(init=False, repr=False)
+    pool: PagePool = field(init=False, repr=False)
     _slots: list[int] = field(init=False, repr=False)
     chooser: TokenChooser = field(init=False, repr=False)
+    _graphs: StepGraphs = field(init=False, repr=False)
+    _choosing: StepChoices = field(init=False, repr=False)
 
     # sequences --------------------------------------------------------------------------------------------------
 
@@ -99,15 +115,21 @@ class CudaRuntime:
     def new_sequence(self) -> CudaSequence:
         if not self._slots:
             raise InputError(f"{MAX_SEQUENCES} sequences are open, which is the most at once; close one")
-        return CudaSequence(self._pool, self._slots.pop(), self.settings.context_length, self._slots.append)
+        slot, context_length = self._slots.pop(), self.settings.context_length
+        return CudaSequence(self.pool, context_length, self.memory.copy_page, slot, self._slots.append)
+
+    def own(self, sequence: TokenSequence) -> CudaSequence:
+        if not isinstance(sequence, CudaSequence) or sequence.pool is not self.pool:
+            raise InputError("the sequence is not one of this runtime's")
+        return sequence
 
     def step(self, parts: Sequence[StepPart]) -> NDArray[np.float32]:
         started = time.perf_counter()
         rows = self.begin(parts)
-        single = len(rows) == 1 and rows[0][3]
+        decodes = len(rows) == len(parts) <= self.graph_rows and all(row[3] for row in rows)
         out: list[NDArray[np.float32]] = []
         for start in range(0, len(rows), self.lowering.rows):
-            out += self._chunk(rows[start : start + self.lowering.rows], graph=single)
+            out += self._chunk(rows[start : start + self.lowering.rows], graph=decodes)
         self.end(parts)
         self.emit(StepDone(tokens=len(rows), seconds=time.perf_counter() - started))
         if not out:
@@ -118,18 +140,19 @@ class CudaRuntime:
         """Check a step and give its sequences their pages; its rows."""
         self.device.make_current()
         rows = self._check(parts)
+        self.wait(self.stream)  # a copy queued before may still read what is written from here on
         self.epoch += 1
         for part in parts:
-            sequence = _own_sequence(part.sequence)
-            self._reserve(sequence, sequence.length + len(part.token_ids))
+            sequence = self.own(part.sequence)
+            self.reserve(sequence, sequence.length + len(part.token_ids))
         return rows
 
     def end(self, parts: Sequence[StepPart]) -> None:
         """Count the tokens of a step that was queued."""
         for part in parts:
-            _own_sequence(part.sequence).length += len(part.token_ids)
+            self.own(part.sequence).advance(part.token_ids)
 
-    def _reserve(self, sequence: CudaSequence, length: int) -> bool:
+    def reserve(self, sequence: CudaSequence, length: int) -> bool:
         """Give a sequence pages for `length` tokens and enter them in the host's table; whether any are new."""
         if not sequence.reserve(length):
             return False
@@ -140,10 +163,10 @@ class CudaRuntime:
         """The rows of a step; refuses before any work."""
         vocab_size = self.model.plan.program.vocab_size
         rows: list[Row] = []
-        needed = 0
+        grown: list[tuple[CudaSequence, int]] = []
         seen: set[int] = set()
         for part in parts:
-            sequence = _own_sequence(part.sequence)
+            sequence = self.own(part.sequence)
             if id(sequence) in seen:
                 raise InputError("a sequence can stand in a step only once")
             seen.add(id(sequence))
@@ -153,30 +176,27 @@ class CudaRuntime:
                     f"{sequence.length} + {len(part.token_ids)} tokens do not fit the context of "
                     f"{self.settings.context_length}"
                 )
-            needed += max(0, -(-end // PAGE_TOKENS) - len(sequence.pages))
+            grown.append((sequence, end))
             for i, token in enumerate(part.token_ids):
                 if not 0 <= token < vocab_size:
                     raise InputError(f"token id {token} is outside the vocabulary of {vocab_size}")
                 wanted = part.logits == "all" or (part.logits == "last" and i == len(part.token_ids) - 1)
                 rows.append((sequence, int(token), sequence.length + i, wanted))
-        if needed > self._pool.free:
-            raise InputError(
-                f"{needed} more pages of KV cache are needed, {self._pool.free} are free; close a sequence"
-            )
+        self.require_pages(grown)
         return rows
 
     def _chunk(self, rows: list[Row], *, graph: bool) -> list[NDArray[np.float32]]:
         wanted = self.rows.send(rows, self.stream)
         if graph:
-            self._decode_graph("logits").launch(self.stream)
-            return [self._read_logits(1)]
-        self._run("body", len(rows))
+            self.graph(len(rows), "logits").launch(self.stream)
+            return [self._read_logits(len(rows))]
+        self.run_part("body", len(rows))
         out = []
         for start in range(0, len(wanted), LOGIT_ROWS):
             size = min(LOGIT_ROWS, len(wanted) - start)
             if start:
                 self.rows.select(wanted[start : start + size], self.stream)
-            self._run("head", size)
+            self.run_part("head", size)
             out.append(self._read_logits(size))
         if not out:
             self.stream.synchronize()
@@ -208,7 +228,8 @@ class CudaRuntime:
         self.stream.read(value, self.memory.address(buffer))
         return value
 
-    def _run(self, part: Part, rows: int) -> None:
+    def run_part(self, part: Part, rows: int) -> None:
+        """Queue the launches of a part of a step."""
         for launch in self._plan(part, rows):
             launch(self.stream)
 
@@ -229,11 +250,7 @@ class CudaRuntime:
             if isinstance(spec, GemmSpec):
                 launches.append(self._opened_blas().prepare(spec.gemm(self.memory.addresses, rows)))
                 continue
-            function = self._functions[spec.source, spec.entry]
-            shared = self._shared_bytes(spec)
-            if shared > 48 << 10:
-                function.set_dynamic_shared(shared)
-            at_once = self.lowering.sm_count * max(1, function.blocks_per_sm(spec.block, shared))
+            function, shared, at_once = self._kernel(spec)
             launches.append(
                 function.prepare(
                     spec.grid(rows, at_once),
@@ -241,6 +258,7 @@ class CudaRuntime:
                     spec.args(self.memory.addresses, rows),
                     dynamic_shared=shared,
                     pdl=pdl,
+                    whole_shared=pdl and rows <= _WHOLE_SHARED_ROWS,
                 )
             )
         return launches
@@ -252,6 +270,16 @@ class CudaRuntime:
             assert library is not None, "the lowering has products by cuBLAS only where there is one"
             self._blas = Blas(library, self.stream, self.memory.addresses.matmul + self.lowering.scratch.blas)
         return self._blas
+
+    def _kernel(self, spec: LaunchSpec) -> tuple[Function, int, int]:
+        """A kernel, the dynamic shared memory it wants, and the blocks that the card runs at once."""
+        key = spec.source, spec.entry, spec.block
+        found = self._asked.get(key)
+        if found is None:
+            function, shared = self._functions[spec.source, spec.entry], self._shared_bytes(spec)
+            at_once = self.lowering.sm_count * max(1, function.blocks_per_sm(spec.block, shared))
+            found = self._asked[key] = function, shared, at_once
+        return found
 
     def _shared_bytes(self, spec: LaunchSpec) -> int:
         if not spec.shared_symbol:
@@ -276,37 +304,24 @@ class CudaRuntime:
         self.device.make_current()
         return measure_read_bandwidth(self.device, self.stream)
 
-    def _decode_graph(self, ending: str) -> Any:
-        """The graph of one decode step, captured once: positions, lengths and pages are read from the device."""
-        captured = self._graphs.get(ending)
-        if captured is None:
-            started = time.perf_counter()
-            plans = [self._prepare("body", 1), self._prepare("head", 1)]
-            if ending == "choose":
-                rows = self.rows
-                choice = self.chooser.launch(
-                    logits=self.memory.address(self.model.plan.program.logits),
-                    token_ids=rows.token_ids,
-                    positions=rows.positions,
-                )
-                plans.append([choice])
-            with self.stream.capture() as graph:
-                for plan in plans:
-                    for launch in plan:
-                        launch(self.stream)
-            # the launches keep their arguments alive for as long as the graph
-            captured = self._graphs[ending] = (graph.instantiate(), plans)
-            self.emit(GraphCaptured(nodes=graph.node_count, seconds=time.perf_counter() - started))
-        return captured[0]
+    def graph(self, rows: int, ending: Literal["logits", "choose"]) -> GraphExec:
+        """A step of so many rows, each with its logits; nothing of positions, lengths, pages or sequences is in it."""
+
+        def launches() -> list[Queued]:
+            plans = [*self._plan("body", rows), *self._plan("head", rows)]
+            return plans if ending == "logits" else [*plans, *self.choices(rows)]
+
+        return self._graphs.get((rows, ending), launches)
+
+    @property
+    def graph_rows(self) -> int:
+        """Rows of a step that may be one graph, at most."""
+        return min(LOGIT_ROWS, self.lowering.rows)
 
     def clear_decode_graph(self) -> None:
-        """Forget captured graphs; the next decode step captures again."""
-        if self._graphs:
-            self.device.make_current()
-            self.stream.synchronize()
-            for graph, _ in self._graphs.values():
-                graph.close()
-            self._graphs.clear()
+        """Forget captured graphs; the next decode steps capture again."""
+        self.device.make_current()
+        self._graphs.clear()
 
     # choosing tokens --------------------------------------------------------------------------------------------
 
@@ -323,13 +338,41 @@ class CudaRuntime:
         """
         if generation.logprobs > min(TOP_LIMIT, self.chooser.vocab_size) or (sampling.penalises and fed is None):
             return None
-        own = _own_sequence(sequence)
-        return Decoder(self, own, sampling.seeded(), generation.logprobs, fed if fed is not None else ())
+        return Decoder(self, self.own(sequence), sampling.seeded(), generation.logprobs, fed if fed is not None else ())
+
+    def token_choice(
+        self, sequence: TokenSequence, sampling: SamplingParams, generation: GenerationParams
+    ) -> CudaChoice | None:
+        """See `ChoosesTokens`."""
+        if generation.logprobs > min(TOP_LIMIT, self.chooser.vocab_size):
+            return None
+        check_bias(sampling, self.chooser.vocab_size)
+        return CudaChoice(self.own(sequence), sampling.seeded(), generation.logprobs)
+
+    def choose_step(self, parts: Sequence[ChoicePart], *, ahead: bool) -> list[Sampled | ExecutionError | None]:
+        """See `ChoosesTokens`."""
+        started = time.perf_counter()
+        self.device.make_current()
+        chosen = self._choosing.run(parts, ahead=ahead)
+        self.emit(StepDone(tokens=sum(len(part.token_ids) for part in parts), seconds=time.perf_counter() - started))
+        return chosen
+
+    def choices(self, rows: int) -> list[Launch]:
+        """What a step of so many rows with logits ends with where tokens are chosen."""
+        launches = self._choices.get(rows)
+        if launches is None:
+            logits, table = self.memory.address(self.model.plan.program.logits), self.rows
+            launches = self._choices[rows] = self.chooser.launches(
+                rows, logits=logits, token_ids=table.token_ids, positions=table.positions
+            )
+        return launches
 
     def decode(self, sequence: CudaSequence, token: int | None) -> None:
         """Queue a step of one token that ends with choosing the next: a given one, or None for the one chosen last."""
-        graph = self._decode_graph("choose")
-        grown = self._reserve(sequence, sequence.length + 1)
+        graph = self.graph(1, "choose")
+        if token is not None:
+            self.wait(self.stream)  # see `begin`
+        grown = self.reserve(sequence, sequence.length + 1)
         if token is not None:
             self.epoch += 1
             self.rows.send([(sequence, token, sequence.length, True)], self.stream)
@@ -351,9 +394,3 @@ class CudaRuntime:
                 self._blas.close()
             self._undo.close()
         self.model.resident.close()
-
-
-def _own_sequence(sequence: TokenSequence) -> CudaSequence:
-    if not isinstance(sequence, CudaSequence):
-        raise InputError(f"a sequence of the CUDA executor is needed, not {type(sequence).__name__}")
-    return sequence

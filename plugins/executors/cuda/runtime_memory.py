@@ -13,9 +13,10 @@ from mortice.core.model.program import Program
 from mortice.core.model.residency import BoundModel
 from mortice.core.model.rope import rope_frequencies
 from mortice.core.plugin.interfaces import RuntimeSettings
+from mortice.core.plugin.kv_pages import page_count
 from mortice.plugins.executors.cuda.choosing import choice_bytes
 from mortice.plugins.executors.cuda.device import Device
-from mortice.plugins.executors.cuda.kv_pool import kv_pool_bytes, page_bytes, page_count
+from mortice.plugins.executors.cuda.kv_pool import kv_pool_bytes, page_bytes
 from mortice.plugins.executors.cuda.launches import Addresses, rope_key
 from mortice.plugins.executors.cuda.lowering import Lowering
 from mortice.plugins.executors.cuda.matmul import row_paths, rows_at_once
@@ -57,7 +58,7 @@ class RuntimeMemory:
         stream: what fills the tables.
         lowering: what runs there.
         model: the weights.
-        context_length: of the longest sequence.
+        settings: for the context and the tokens of the KV cache.
         rows: what a step says of its tokens.
         logits: pinned memory for `LOGIT_ROWS` rows of logits.
         addresses: where everything is.
@@ -68,7 +69,7 @@ class RuntimeMemory:
     stream: Stream
     lowering: Lowering
     model: BoundModel
-    context_length: int
+    settings: RuntimeSettings
     rows: RowTable = field(init=False)
     logits: HostBuffer = field(init=False)
     addresses: Addresses = field(init=False, repr=False)
@@ -83,7 +84,7 @@ class RuntimeMemory:
 
     def _allocate(self) -> None:
         device, lowering, program = self.device, self.lowering, self.lowering.plan.program
-        pages = page_count(self.context_length)
+        pages = page_count(self.settings.context_length)
         self.rows = self._own(RowTable(device, lowering.rows, MAX_SEQUENCES, pages))
         self.logits = self._own(device.allocate_host(4 * LOGIT_ROWS * program.vocab_size))
         workspace = self._own(device.allocate(lowering.workspace.nbytes))
@@ -114,15 +115,23 @@ class RuntimeMemory:
 
     def _caches(self) -> tuple[list[int], list[int]]:
         """Where each layer's pages of K and of V start: one block of memory, layer after layer."""
-        shapes, kv_type = self.lowering.plan.program.kv, self.lowering.kv_type
-        at = self._own(self.device.allocate(kv_pool_bytes(shapes, self.context_length, kv_type))).address
+        shapes, kv_type, tokens = self.lowering.plan.program.kv, self.lowering.kv_type, self.settings.cache_tokens
+        at = self._own(self.device.allocate(kv_pool_bytes(shapes, tokens, kv_type))).address
         keys, values = [], []
         for shape in shapes:
-            half = page_count(self.context_length) * page_bytes(shape, kv_type)
+            half = page_count(tokens) * page_bytes(shape, kv_type)
             keys.append(at)
             values.append(at + half)
             at += 2 * half
         return keys, values
+
+    def copy_page(self, source: int, destination: int) -> None:
+        """Queue a copy of K and V of all layers from one page to another."""
+        at = self.addresses
+        for shape, keys, values in zip(self.lowering.plan.program.kv, at.keys, at.values, strict=True):
+            size = page_bytes(shape, self.lowering.kv_type)
+            for start in (keys, values):
+                self.stream.copy(start + destination * size, start + source * size, size)
 
     def _frequencies(self) -> dict[object, tuple[int, float]]:
         """RoPE's tables, one for each distinct set of constants."""
@@ -131,7 +140,7 @@ class RuntimeMemory:
         for operator in self.model.plan.program.operators:
             if isinstance(operator, op.Rope) and rope_key(operator) not in tables:
                 factors = None
-                chosen = operator.factors_for(self.context_length)
+                chosen = operator.factors_for(self.settings.context_length)
                 if chosen is not None:
                     factors = np.ascontiguousarray(planned[chosen].source()).view("<f4").reshape(-1)
                 frequencies, magnitude = rope_frequencies(operator, factors)

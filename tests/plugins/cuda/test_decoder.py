@@ -11,10 +11,11 @@ from attrs import define, field
 
 from mortice.core.errors import ConfigError
 from mortice.core.plugin.interfaces import StepPart
+from mortice.core.plugin.kv_pages import PagePool
 from mortice.core.text.params import SamplingParams
 from mortice.core.text.sampling import Sampled
-from mortice.plugins.executors.cuda.choosing import Decoder
-from mortice.plugins.executors.cuda.kv_pool import CudaSequence, PagePool
+from mortice.plugins.executors.cuda.decoder import Decoder
+from mortice.plugins.executors.cuda.kv_pool import CudaSequence
 
 PENALTIES = SamplingParams(repetition_penalty=1.5, seed=1)
 
@@ -36,7 +37,10 @@ class Pretence:
     def step(self, parts: Sequence[StepPart]) -> None:
         self.epoch += 1
         self.calls.append(("step", list(parts[0].token_ids)))
-        parts[0].sequence.length += len(parts[0].token_ids)  # type: ignore[misc]  # ours, which can be set
+        sequence = parts[0].sequence
+        assert isinstance(sequence, CudaSequence)
+        sequence.reserve(sequence.length + len(parts[0].token_ids))
+        sequence.advance(parts[0].token_ids)
 
     def decode(self, sequence: CudaSequence, token: int | None) -> None:
         sequence.reserve(sequence.length + 1)
@@ -45,8 +49,21 @@ class Pretence:
         self.calls.append(("ahead",) if token is None else ("feed", token))
         self._queued.append(100 + sequence.length)
 
-    def begin(self, sampling: SamplingParams, *, step: int, top: int, seen: Sequence[int]) -> None:
+    def begin(
+        self,
+        owner: object,
+        slot: int,
+        sampling: SamplingParams,
+        *,
+        step: int,
+        top: int,
+        position: int,
+        seen: Sequence[int],
+    ) -> None:
         self.calls.append(("begin", step, list(seen)))
+
+    def place(self, slots: Sequence[int]) -> None:
+        assert slots == [0]
 
     def queued(self) -> int:
         return len(self._queued) - 1
@@ -68,7 +85,11 @@ def runtime() -> Pretence:
 
 @pytest.fixture
 def sequence() -> CudaSequence:
-    return CudaSequence(PagePool(2), 0, 128, None)
+    return new_sequence(PagePool(2), 128)
+
+
+def new_sequence(pool: PagePool, context_length: int) -> CudaSequence:
+    return CudaSequence(pool, context_length, lambda *_: None, 0, None)
 
 
 def test_each_step_is_launched_before_the_one_waited_for_ends(runtime: Pretence, sequence: CudaSequence) -> None:
@@ -116,7 +137,7 @@ def test_another_token_or_step_than_the_one_launched_begins_anew(runtime: Preten
 def test_no_step_is_launched_beyond_the_context_or_the_free_pages(runtime: Pretence) -> None:
     pool = PagePool(1)
     for context, most in ((3, 3), (1000, 64)):
-        sequence = CudaSequence(pool, 0, context, None)
+        sequence = new_sequence(pool, context)
         decoder = Decoder(runtime, sequence, SamplingParams(seed=0), 0, ())
         token = 1
         for index in range(most):

@@ -1,6 +1,9 @@
-// Chooses the next token from a row of logits as mortice.core.text.sampling describes, and writes the row of the step
+// Chooses the next token of each row of logits as mortice.core.text.sampling describes, and writes the rows of the step
 // after: one launch ends a decode step and begins the next, so that no token waits for the host. What the user asks for
-// is read from device memory, so that one captured graph serves all parameters.
+// is read from device memory, so that one captured graph serves all parameters. Blocks (x) share a row (y) and wait for
+// each other.
+//
+// A sequence keeps its place among what is kept for sequences (`slot`), whichever row of a step is its own.
 #include "selection.cuh"
 
 struct ChoiceParams {
@@ -14,8 +17,13 @@ struct ChoiceParams {
     int window;          // 0: all tokens are penalised
     int top;             // alternatives wanted
     int penalises, biased;
-    uint32 launches;     // gives the place in the ring; advanced here
-    uint32 unused;
+    int position;        // of the token that was fed last; advanced here
+    int unused;
+};
+
+struct ChoiceRow {
+    int slot;
+    uint32 launches;  // gives the place in the ring; advanced here
 };
 
 struct Alternative {
@@ -63,27 +71,58 @@ struct Summary {
 
 struct Scratch {
     Exchange exchanges[3];
-    Summary partial[kBlocks];
+    Summary partial[kMostBlocks];
     uint32 arrivals, departures;
     float adjusted[kVocab];
 };
 
 struct ChooseArgs {
-    const float* logits;  // (VOCAB_SIZE,)
-    ChoiceParams* params;
-    const float* bias;    // (VOCAB_SIZE,), 0 where there is none
-    int* counts;          // (VOCAB_SIZE,), occurrences in the window
-    int* history;         // the sequence's tokens by position
-    Scratch* scratch;     // counters zero before and after
-    int* token_ids;       // the next step's only row
+    const float* logits;   // (rows, VOCAB_SIZE)
+    ChoiceRow* rows;       // (rows,)
+    ChoiceParams* params;  // (slots,)
+    const float* bias;     // (slots, VOCAB_SIZE), only read where there is one
+    int* counts;           // (slots, VOCAB_SIZE), occurrences in the window
+    int* history;          // (slots, history_length), the sequence's tokens by position
+    Scratch* scratch;      // (rows of a launch,), counters zero before and after
+    int* token_ids;        // (rows,), of the next step
     int* positions;
-    Chosen* chosen;       // ring of results in host memory
+    Chosen* chosen;        // (RING, ROWS), results in host memory
+    int first;             // row of the launch's first
+    int history_length;
 };
 
 static_assert(sizeof(ChoiceParams) == PARAMS_BYTES && sizeof(Chosen) == CHOSEN_BYTES, "as in choosing.py");
 static_assert(sizeof(Scratch) == SCRATCH_BYTES && sizeof(ChooseArgs) == ARGS_BYTES, "as in choosing.py");
+static_assert(sizeof(ChoiceRow) == 8, "as in choosing.py");
+
+// What this block's row works with.
+struct Row {
+    const float* logits;
+    ChoiceRow* state;
+    ChoiceParams* params;
+    const float* bias;
+    int* counts;
+    int* history;
+    Scratch* scratch;
+    int* token_id;
+    int* position;
+
+    __device__ __forceinline__ Row(const ChooseArgs& args, int slot) {
+        const int row = args.first + static_cast<int>(blockIdx.y);
+        logits = args.logits + static_cast<size_t>(row) * kVocab;
+        state = args.rows + row;
+        params = args.params + slot;
+        bias = args.bias + static_cast<size_t>(slot) * kVocab;
+        counts = args.counts + static_cast<size_t>(slot) * kVocab;
+        history = args.history + static_cast<size_t>(slot) * args.history_length;
+        scratch = args.scratch + blockIdx.y;
+        token_id = args.token_ids + row;
+        position = args.positions + row;
+    }
+};
 
 struct Shared {
+    ChoiceRow row;
     ChoiceParams params;
     Summary warps[kWarps];
     SelectionMemory selection;
@@ -111,9 +150,9 @@ __device__ __forceinline__ Summary block_join(Summary mine, Summary* warps) {
 }
 
 // Bias and penalties; each operation rounds by itself.
-__device__ __forceinline__ float adjusted(float logit, int id, const ChooseArgs& args, const ChoiceParams& params) {
-    if (params.biased) logit = __fadd_rn(logit, args.bias[id]);
-    const int count = params.penalises ? args.counts[id] : 0;
+__device__ __forceinline__ float adjusted(float logit, int id, const Row& row, const ChoiceParams& params) {
+    if (params.biased) logit = __fadd_rn(logit, row.bias[id]);
+    const int count = params.penalises ? row.counts[id] : 0;
     if (count > 0) {
         logit = logit > 0.f ? __fdiv_rn(logit, params.repetition) : __fmul_rn(logit, params.repetition);
         logit = __fsub_rn(logit, __fadd_rn(__fmul_rn(static_cast<float>(count), params.frequency), params.presence));
@@ -122,12 +161,12 @@ __device__ __forceinline__ float adjusted(float logit, int id, const ChooseArgs&
 }
 
 // Summarises this block's logits, and writes the adjusted ones where bias or penalties are on.
-__device__ __forceinline__ Summary read_logits(const ChooseArgs& args, Shared& shared) {
+__device__ __forceinline__ Summary read_logits(const Row& row, Shared& shared) {
     const bool adjusts = shared.params.biased || shared.params.penalises;
     Summary mine;
-    View{args.logits}.each([&](float raw, int id) {
+    View{row.logits}.each([&](float raw, int id) {
         float value = raw;
-        if (adjusts) args.scratch->adjusted[id] = value = adjusted(raw, id, args, shared.params);
+        if (adjusts) row.scratch->adjusted[id] = value = adjusted(raw, id, row, shared.params);
         if (!(raw < infinity())) mine.problems |= raw == infinity() ? kPlusInfinity : kNan;
         if (!(value < infinity())) mine.problems |= kNoBest;
         if (raw > -infinity()) mine.raw_low = fminf(mine.raw_low, raw);
@@ -145,7 +184,7 @@ __device__ __forceinline__ Summary read_logits(const ChooseArgs& args, Shared& s
 
 __device__ __forceinline__ Summary read_partial(const Scratch* scratch, Shared& shared) {
     Summary mine;
-    if (threadIdx.x < kBlocks) {
+    if (static_cast<int>(threadIdx.x) < block_count()) {
         const Summary* other = &scratch->partial[threadIdx.x];
         mine.raw_peak = __ldcg(&other->raw_peak);
         mine.raw_low = __ldcg(&other->raw_low);
@@ -233,8 +272,8 @@ __device__ __forceinline__ int draw(Grid& grid, SelectionMemory& shared, View& v
 }
 
 // Writes the most likely tokens by raw logits, in order.
-__device__ __forceinline__ void write_top(Grid& grid, SelectionMemory& shared, View& view, const ChooseArgs& args, int top, const Summary& summary, Chosen& out) {
-    view.values = args.logits;
+__device__ __forceinline__ void write_top(Grid& grid, SelectionMemory& shared, View& view, const Row& row, int top, const Summary& summary, Chosen& out) {
+    view.values = row.logits;
     view.peak = summary.raw_peak;
     view.temperature = 1.f;
     view.set_bins(summary.raw_peak - summary.raw_low);
@@ -245,52 +284,60 @@ __device__ __forceinline__ void write_top(Grid& grid, SelectionMemory& shared, V
     const uint64 mine = shared.list[threadIdx.x].rank;
     int place = 0;
     for (int i = 0; i < listed; ++i) place += shared.list[i].rank < mine;
-    out.top[place] = {id_of(mine), args.logits[id_of(mine)] - summary.raw_peak - logf(summary.raw_total)};
+    out.top[place] = {id_of(mine), row.logits[id_of(mine)] - summary.raw_peak - logf(summary.raw_total)};
 }
 
 // One thread: the result to the host, the row of the next step, and the token into the penalties' window.
-__device__ __forceinline__ void finish(const ChooseArgs& args, const ChoiceParams& params, const Summary& summary, int token, int problem, Chosen& out) {
+__device__ __forceinline__ void finish(const Row& row, const Shared& shared, const Summary& summary, int token, int problem, Chosen& out) {
+    const ChoiceParams& params = shared.params;
     if (problem) token = 0;  // the step launched ahead reads it
     out.id = token;
     out.problem = problem;
-    out.logprob = args.logits[token] - summary.raw_peak - logf(summary.raw_total);
-    args.params->step = params.step + 1;
-    args.params->launches = params.launches + 1;
-    const int position = args.positions[0] + 1;
-    args.token_ids[0] = token;
-    args.positions[0] = position;
+    out.logprob = row.logits[token] - summary.raw_peak - logf(summary.raw_total);
+    const int position = params.position + 1;
+    row.params->step = params.step + 1;
+    row.params->position = position;
+    row.state->launches = shared.row.launches + 1;
+    *row.token_id = token;
+    *row.position = position;
     if (!params.penalises) return;
-    args.history[position] = token;
-    args.counts[token] += 1;
-    if (params.window > 0 && position >= params.window) args.counts[args.history[position - params.window]] -= 1;
+    row.history[position] = token;
+    row.counts[token] += 1;
+    if (params.window > 0 && position >= params.window) row.counts[row.history[position - params.window]] -= 1;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads) choose(const __grid_constant__ ChooseArgs args) {
     __shared__ Shared shared;
     let_next_kernel_start();
-    wait_for_previous_kernel();
-    if (threadIdx.x == 0) shared.params = *args.params;
+    // what is read here was last written by an earlier step, or copied before this one
+    if (threadIdx.x == 0) {
+        const ChoiceRow& row = args.rows[args.first + blockIdx.y];
+        shared.row = {__ldcg(&row.slot), __ldcg(&row.launches)};
+        shared.params = args.params[shared.row.slot];
+    }
     __syncthreads();
+    wait_for_previous_kernel();
     const ChoiceParams& params = shared.params;
-    Grid grid{args.scratch->exchanges, &args.scratch->arrivals, &args.scratch->departures};
-    View view{params.biased || params.penalises ? args.scratch->adjusted : args.logits};
-    Summary summary = read_logits(args, shared);
-    if (threadIdx.x == 0) args.scratch->partial[blockIdx.x] = summary;
+    const Row row(args, shared.row.slot);
+    Grid grid{row.scratch->exchanges, &row.scratch->arrivals, &row.scratch->departures};
+    View view{params.biased || params.penalises ? row.scratch->adjusted : row.logits};
+    Summary summary = read_logits(row, shared);
+    if (threadIdx.x == 0) row.scratch->partial[blockIdx.x] = summary;
     grid.arrive();
     if (blockIdx.x == 0 || params.temperature > 0.f || params.top > 0) {
         grid.wait();
-        summary = read_partial(args.scratch, shared);
+        summary = read_partial(row.scratch, shared);
         const int problem = summary.problem();
-        Chosen& out = args.chosen[params.launches % RING];
+        Chosen& out = args.chosen[shared.row.launches % RING * ROWS + args.first + blockIdx.y];
         int token = summary.id;
         if (params.temperature > 0.f && !problem) token = draw(grid, shared.selection, view, params, summary);
-        if (params.top > 0 && !problem) write_top(grid, shared.selection, view, args, params.top, summary, out);
-        if (blockIdx.x == 0 && threadIdx.x == 0) finish(args, params, summary, token, problem, out);
+        if (params.top > 0 && !problem) write_top(grid, shared.selection, view, row, params.top, summary, out);
+        if (blockIdx.x == 0 && threadIdx.x == 0) finish(row, shared, summary, token, problem, out);
     }
     grid.leave();
 }
 
 // Counts the tokens at positions [first, last) for the penalties.
 extern "C" __global__ void __launch_bounds__(kThreads) count_tokens(const int* history, int* counts, int first, int last) {
-    for (int i = first + blockIdx.x * kThreads + threadIdx.x; i < last; i += kBlocks * kThreads) atomicAdd(&counts[history[i]], 1);
+    for (int i = first + blockIdx.x * kThreads + threadIdx.x; i < last; i += block_count() * kThreads) atomicAdd(&counts[history[i]], 1);
 }

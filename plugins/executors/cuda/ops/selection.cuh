@@ -1,16 +1,17 @@
-// The token at which a running count or a running mass, taken in order of rank, reaches a target: found by all blocks
-// together and without a sort. A histogram tells in which bin it lies; the few tokens of that bin are listed and compared
-// with each other. Masses are fixed-point integers, so that sums do not depend on the order of addition: equal logits
-// give equal tokens, always.
+// The token at which a running count or a running mass, taken in order of rank, reaches a target: found by all blocks of
+// a row together and without a sort. A histogram tells in which bin it lies; the few tokens of that bin are listed and
+// compared with each other. Masses are fixed-point integers, so that sums depend neither on the order of addition nor on
+// the number of blocks: equal logits give equal tokens, always.
 #pragma once
 
 #include "common.cuh"
 
 constexpr int kThreads = THREADS;
-constexpr int kBlocks = BLOCKS;
 constexpr int kVocab = VOCAB_SIZE;
-constexpr int kPerThread = (kVocab + kBlocks * kThreads - 1) / (kBlocks * kThreads);
-constexpr int kAtOnce = kPerThread < 4 ? kPerThread : 4;  // tokens a thread loads together
+constexpr int kMostBlocks = MOST_BLOCKS;    // of a row; the fewer, the more rows run at once
+constexpr int kLeastBlocks = LEAST_BLOCKS;
+constexpr int kMostOfBlock = ceil_div(kVocab, kLeastBlocks * kThreads) * kThreads;  // tokens
+constexpr int kAtOnce = kMostOfBlock < 4 * kThreads ? kMostOfBlock / kThreads : 4;  // tokens a thread loads together
 constexpr int kDigitBits = 11;
 constexpr int kBins = 1 << kDigitBits;
 constexpr int kBinsPerThread = kBins / kThreads;
@@ -19,11 +20,13 @@ constexpr int kWarps = kThreads / kWarp;
 
 constexpr int bits_of(int n) { return n > 1 ? 1 + bits_of((n + 1) / 2) : 0; }
 // A mass is summed in two halves by 32-bit atomics in shared memory; the halves of a block's tokens must not overflow.
-constexpr int kHalfBits = 31 - bits_of(kPerThread * kThreads);
+constexpr int kHalfBits = 31 - bits_of(kMostOfBlock);
 constexpr float kOne = static_cast<float>(1ull << (2 * kHalfBits));  // the mass of weight 1
 
-static_assert(kBins % kThreads == 0 && kThreads % kWarp == 0 && kBlocks <= kThreads, "each thread owns whole bins");
+static_assert(kBins % kThreads == 0 && kThreads % kWarp == 0 && kMostBlocks <= kThreads, "each thread owns whole bins");
 static_assert(2 * kHalfBits + bits_of(kVocab) < 64, "the mass of all tokens fits 64 bits");
+
+__device__ __forceinline__ int block_count() { return static_cast<int>(gridDim.x); }
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
@@ -73,7 +76,7 @@ struct SelectionMemory {
     Selected selected;
 };
 
-// All blocks of the grid, which run at the same time. Starts and ends with both counters zero.
+// All blocks of a row, which run at the same time. Starts and ends with both counters zero.
 struct Grid {
     Exchange* exchanges;
     uint32* arrivals;
@@ -84,7 +87,7 @@ struct Grid {
 
     __device__ __forceinline__ void arrive() {
         uint32* cleared = reinterpret_cast<uint32*>(&exchanges[(round + 1) % 3]);
-        for (int i = blockIdx.x * kThreads + threadIdx.x; i < kClearedWords; i += kBlocks * kThreads) cleared[i] = 0;
+        for (int i = blockIdx.x * kThreads + threadIdx.x; i < kClearedWords; i += block_count() * kThreads) cleared[i] = 0;
         ++round;
         __syncthreads();
         if (threadIdx.x == 0) {
@@ -95,7 +98,7 @@ struct Grid {
 
     __device__ __forceinline__ void wait() const {
         if (threadIdx.x == 0) {
-            while (*reinterpret_cast<volatile uint32*>(arrivals) < round * kBlocks) __nanosleep(20);
+            while (*reinterpret_cast<volatile uint32*>(arrivals) < round * block_count()) __nanosleep(20);
             __threadfence();
         }
         __syncthreads();
@@ -108,11 +111,11 @@ struct Grid {
 
     __device__ __forceinline__ void leave() const {
         __syncthreads();
-        if (threadIdx.x == 0 && atomicAdd(departures, 1u) == kBlocks - 1) *arrivals = *departures = 0;
+        if (threadIdx.x == 0 && atomicAdd(departures, 1u) == block_count() - 1) *arrivals = *departures = 0;
     }
 };
 
-__device__ __forceinline__ int token_id(int i) { return (i * kBlocks + static_cast<int>(blockIdx.x)) * kThreads + static_cast<int>(threadIdx.x); }
+__device__ __forceinline__ int token_id(int i) { return (i * block_count() + static_cast<int>(blockIdx.x)) * kThreads + static_cast<int>(threadIdx.x); }
 
 // Rising with rank: larger values first, then lower ids.
 __device__ __forceinline__ uint64 rank_of(float value, int id) {
@@ -142,8 +145,9 @@ struct View {
     // Shows this thread's tokens; a few are loaded at once, since their loads then overlap.
     template <class Visit>
     __device__ __forceinline__ void each(Visit visit) const {
+        const int each = ceil_div(kVocab, block_count() * kThreads);
 #pragma unroll 1
-        for (int start = 0; start < kPerThread; start += kAtOnce) {
+        for (int start = 0; start < each; start += kAtOnce) {
             float loaded[kAtOnce];
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) loaded[i] = token_id(start + i) < kVocab ? values[token_id(start + i)] : 0.f;
