@@ -43,7 +43,8 @@ def error(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
 
 
 def load(path: Path, executor: str, *, exact: bool = True, context: int = 512, **chosen_kinds: Any) -> Pipeline:
-    kinds: dict[str, Any] = ({"kv": "f32", "activations": "f32"} if exact else {}) | chosen_kinds
+    kinds: dict[str, Any] = {"kv": "f32", "activations": "f32"} if exact else {}
+    kinds = {"prefix_cache": False, **kinds, **chosen_kinds}  # the same text again is computed in the same way again
     chosen = ExecutorConfig(name=executor, context=context, **kinds)
     return mortice.load(RunConfig(model=ModelConfig(path=path), executor=chosen))
 
@@ -152,7 +153,7 @@ def test_a_refused_step_changes_nothing(model: Callable[..., Path]) -> None:
         with pytest.raises(InputError, match="outside the vocabulary"):
             session.feed([cuda.program.vocab_size])
         session.sequence.truncate(19)
-        assert np.array_equal(session.feed([ids[19]]), before)
+        assert error(session.feed([ids[19]]), before) < EXACT
 
 
 def test_nothing_is_allocated_per_token(model: Callable[..., Path]) -> None:

@@ -65,10 +65,10 @@ def test_every_family_is_here() -> None:
 FLIPPED, USUAL = 1e-2, 1e-3
 """Bounds of steps of one token with int8 activations, of the worst position and of the median one.
 
-A difference in the last bit decides how a value halfway between two integers is rounded, and all that follows comes from
-it: noise of 2e-7 on the inputs of the reference's products moved the worst position by up to 2.4e-3 and the median one
-by up to 4.4e-4 (the same twelve models). Beside a reference that does not round, a single position of a model this small
-is off by up to 2e-2.
+A difference in the last bit decides how a value halfway between two integers is rounded, and all that follows comes
+from it: noise of 2e-7 on the inputs of the reference's products moved the worst position by up to 2.4e-3 and the median
+one by up to 4.4e-4 (the same twelve models). Beside a reference that does not round, a single position of a model this
+small is off by up to 2e-2.
 """
 
 

@@ -45,7 +45,8 @@ def products(device: Device, qtype: str, columns: int, other: str, *, rings: boo
     norm = Norm(name="norm", src=source, out=normed_row, type="rms", eps=1e-5, weight=on.vector("g", columns))
     rows = ((4104, qtype), (72, other), (2051, qtype))  # more row groups than warps of the card, an odd number of them
     linears = tuple(on.linear(f"w{i}", normed_row, n, name) for i, (n, name) in enumerate(rows))
-    assert (gemv_shape([on.planned[o.weight] for o in linears], bulk_copies=rings).slots > 0) == rings
+    shape = gemv_shape([on.planned[o.weight] for o in linears], bulk_copies=rings)
+    assert (shape.slots > 0) == rings
     return on.run([LinearGroup(norm=norm, linears=linears, biases=(None, None, None))])[0], on
 
 

@@ -6,15 +6,18 @@ import ctypes
 from collections.abc import Callable
 from typing import Any
 
-from mortice.core.model.operators import Buffer
+from mortice.core.model.operators import Attention, Buffer
 from mortice.plugins.executors.cuda.fusion import PlaceGroup
 from mortice.plugins.executors.cuda.launches import Addresses, LaunchSpec, StepRows, rope_key
 from mortice.plugins.executors.cuda.sources import KernelSources
 
-__all__ = ["attend"]
+__all__ = ["attend", "attend_threads"]
 
-_THREADS = 512
-"""As ``kThreads`` in ``ops/attend.cu``."""
+
+def attend_threads(attention: Attention, kv_type: str) -> int:
+    """Threads of a block: fewer than 512 where most would idle, or where 64 registers each are too few."""
+    values = attention.num_heads // attention.num_kv_heads * attention.head_dim
+    return 512 if values > 256 and not attention.softcap and kv_type != "q8_0" else 256
 
 
 class _AttendArgs(ctypes.Structure):
@@ -34,6 +37,7 @@ def attend(
     sources: KernelSources,
     kv_type: str,
     splits: int,
+    sm_count: int,
     buffer: Callable[[Addresses, Buffer], int],
 ) -> LaunchSpec:
     """The launch.
@@ -43,12 +47,14 @@ def attend(
         sources: makes kernel sources.
         kv_type: element type of the cache.
         splits: parts the context is attended in at most.
+        sm_count: multiprocessors of the card; each gets a block.
         buffer: where a buffer lies.
 
     """
     attention = place.attention
     assert attention.layer is not None
     layer = attention.layer
+    threads = attend_threads(attention, kv_type)
 
     def args(at: Addresses, _: int) -> tuple[Any, ...]:
         q, k, v = place.sources
@@ -77,10 +83,11 @@ def attend(
     return LaunchSpec(
         name="+".join(operator.name for operator in (*place.operators, attention)),
         label="attention",
-        source=sources.attend(place, kv_type, splits),
+        source=sources.attend(place, kv_type, splits, threads),
         entry="attend",
-        block=_THREADS,
-        grid=lambda _rows, _at_once: (splits, attention.num_kv_heads, 1),
+        block=threads,
+        shared_symbol="shared_bytes",
+        grid=lambda _rows, _at_once: (max(sm_count, attention.num_kv_heads * splits), 1, 1),
         args=args,
         outputs=attention.outputs,
     )

@@ -17,9 +17,6 @@ _LEAST_WARPS, _MOST_WARPS = 4, 16
 _LEAST_SLOTS, _MOST_SLOTS = 2, 8
 _RING_BLOCK_BYTES = 111 << 10
 """Shared memory of a block, so that the next kernel's finds room beside it on a multiprocessor of 228 KiB."""
-_DIRECT_BYTES = 256 << 20
-"""From here on weights go straight to registers: what rings save at a launch's ends is nothing beside its length, and
-they cost instructions (8B's head of 431 MB took 153 us straight, 219 us through rings, on an H100)."""
 _MOST_COLUMNS = 25600
 """Of an input kept as float32 beside rings."""
 _INPUT_BYTES = 40
@@ -54,9 +51,9 @@ class GemvShape:
     def grid(self, units: int, at_once: int) -> int:
         """Blocks for so many units of work on a card that runs so many blocks at once.
 
-        Rings want every multiprocessor, however little each does: bytes in flight count, and a block costs little.
+        Rings want every multiprocessor, however little each does, see ``kLeastShared`` in ``ops/common.cuh``.
         """
-        return min(at_once // self.blocks, units if self.slots else -(-units // self.warps))
+        return at_once // self.blocks if self.slots else min(at_once, -(-units // self.warps))
 
 
 def gemv_shape(weights: Sequence[PlannedWeight], *, bulk_copies: bool) -> GemvShape:
@@ -67,8 +64,7 @@ def gemv_shape(weights: Sequence[PlannedWeight], *, bulk_copies: bool) -> GemvSh
     tile = max(tile_geometry(w.tensor.qtype, w.rows, w.columns).tile_bytes for w in weights)
     room = _RING_BLOCK_BYTES - _INPUT_BYTES * weights[0].columns // 32
     warps = min(_MOST_WARPS, room // (_LEAST_SLOTS * tile))
-    large = sum(w.nbytes for w in weights) >= _DIRECT_BYTES or weights[0].columns > _MOST_COLUMNS
-    if not bulk_copies or large or warps < _LEAST_WARPS:
+    if not bulk_copies or weights[0].columns > _MOST_COLUMNS or warps < _LEAST_WARPS:
         return GemvShape(threads=_THREADS, slots=0, blocks=1)
     slots = min(_MOST_SLOTS, room // (warps * tile))
     return GemvShape(threads=32 * warps, slots=slots, blocks=2)

@@ -66,6 +66,7 @@ class Function:
     cu: Any = field(repr=False)
     name: str
     _dynamic_shared: int = field(default=_SHARED_WITHOUT_ASKING, init=False, repr=False)
+    _parameter_sizes: list[int] | None = field(default=None, init=False, repr=False)
 
     def attribute(self, name: str) -> int:
         """A function attribute, for instance ``NUM_REGS``, ``LOCAL_SIZE_BYTES``, ``MAX_THREADS_PER_BLOCK``."""
@@ -95,6 +96,7 @@ class Function:
         pdl: bool = False,
         cooperative: bool = False,
         cluster: Extent | None = None,
+        whole_shared: bool = False,
     ) -> Launch:
         """A launch with everything laid out once; calling it costs about a microsecond.
 
@@ -107,6 +109,8 @@ class Function:
                 waits itself (``griddepcontrol.wait``).
             cooperative: all blocks run at once, so that they may wait for each other.
             cluster: blocks of a cluster.
+            whole_shared: a multiprocessor that runs it gives the L1 cache as little as it can. It changes that only
+                when it is idle, so kernels whose blocks are to be there together have to agree.
 
         Raises:
             TypeError: arguments whose number or sizes are not the kernel's, or whose width is not known.
@@ -116,6 +120,8 @@ class Function:
         values = tuple(_as_ctypes(self.name, number, arg) for number, arg in enumerate(args))
         self._check_sizes(values)
         self.set_dynamic_shared(dynamic_shared)
+        if whole_shared:
+            self._driver("cuFuncSetAttribute", self.cu, self._attribute("PREFERRED_SHARED_MEMORY_CARVEOUT"), 100)
         api = self._driver.api
         config = api.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = _extent(grid)
@@ -128,15 +134,22 @@ class Function:
     def _check_sizes(self, values: Sequence[Any]) -> None:
         if self._driver.version < _PARAMETER_INFO_SINCE:
             return
+        if self._parameter_sizes is None:
+            self._parameter_sizes = self._ask_sizes()
+        given = [ctypes.sizeof(value) for value in values]
+        if given != self._parameter_sizes:
+            raise TypeError(
+                f"{self.name}: arguments of {given} bytes given, the kernel's parameters have {self._parameter_sizes}"
+            )
+
+    def _ask_sizes(self) -> list[int]:
         get = self._driver.api.cuFuncGetParamInfo
         sizes: list[int] = []
         while not (info := get(self.cu, len(sizes)))[0]:
             sizes.append(int(info[2]))
         if info[0] != self._driver.api.CUresult.CUDA_ERROR_INVALID_VALUE:  # which says: no parameter of this index
             raise result_error(self._driver.api, "cuFuncGetParamInfo", info[0])
-        given = [ctypes.sizeof(value) for value in values]
-        if given != sizes:
-            raise TypeError(f"{self.name}: arguments of {given} bytes given, the kernel's parameters have {sizes}")
+        return sizes
 
 
 @define(eq=False)

@@ -22,7 +22,7 @@ SPLITS = 3
 
 RUN = """
 extern "C" void run(const AttendArgs* args) {
-    launch({static_cast<unsigned>(args->splits), KV_HEADS}, kThreads, [=] { attend(*args); });
+    launch({static_cast<unsigned>(KV_HEADS * args->splits + 1)}, kThreads, [=] { attend(*args); });
 }"""
 
 Array = NDArray[np.float32]
@@ -34,10 +34,14 @@ def attend_library(folder: Path, kv_type: str, **defines: int) -> ctypes.CDLL:
         "KV": KV_NAMES[kv_type],
         "KV_HEADS": KV_HEADS,
         "SPLITS": SPLITS,
-        "RUN_GROUPS": 1,
+        "RUN_PAGES": 1,
+        "THREADS": 512 if defines["HEAD_DIM"] == 96 else 256,
         **defines,
     }
-    return compile_for_cpu(folder, flatten(OPS / "attend.cu", [OPS]) + RUN, constants)
+    text = flatten(OPS / "attend.cu", [OPS]).replace(
+        "extern __shared__ __align__(128) uint8 memory[];", "__shared__ uint8 memory[shared_bytes];"
+    )
+    return compile_for_cpu(folder, text + RUN, constants)
 
 
 @needs_cpu_compiler

@@ -2,32 +2,45 @@
 // and V to the paged cache. The same as place.cu and attention.cu do one after the other for many tokens, which this
 // cannot: a block waits for no other, and so sees of the step's own tokens only the one it brings itself.
 //
-// Block (split, KV head). The query heads of a group read K and V together. Short contexts are one run of positions;
-// longer ones are split (Flash-Decoding: Dao et al. 2023) and joined by the block that comes last. Each warp takes every
-// kTeams-th group of positions and has kDepth of them under way: the first before the kernel waits for the one before
-// it, so that a short run needs no more than its Q. Sums are kept with a running maximum (Milakov and Gimelshein 2018).
+// Blocks take a KV head and a split each, heads first. The query heads of a group read K and V together, page by page, out of shared memory, where the
+// first pages are asked for before the wait for the kernel before: only Q and the step's own K and V come after it. Short
+// contexts are one run of pages; longer ones are split (Flash-Decoding: Dao et al. 2023) and joined by the block that
+// comes last. A warp's lanes are shared by kAtOnce positions. Sums are kept with a running maximum (Milakov and
+// Gimelshein 2018).
+//
+// All of it runs twice: while the kernel before is still at work a rehearsal, whose results nobody sees, brings the code
+// near. What a token costs here is a chain of short waits, and those for code were among the longest.
 //
 // Compile-time: those of place.cu (HEAD_DIM, KV_HEADS, DIMS, HALVES, HEAD_NORM, KV) and of attention.cu (GROUP, SPLITS,
-// SOFTCAP, WINDOWED), and RUN_GROUPS, the groups of positions worth a block of their own.
-#include "kv_cache.cuh"
+// SOFTCAP, WINDOWED), THREADS of a block, and RUN_PAGES, those worth a block of their own.
+#include "kv_stage.cuh"
 #include "norm.cuh"
 #include "rope.cuh"
 
-constexpr int kWarps = 16;
-constexpr int kThreads = kWarps * kWarp;
+constexpr int kThreads = THREADS;
+constexpr int kWarps = kThreads / kWarp;
 constexpr int kPerLane = 8;  // elements of a head a lane holds
 constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }
-constexpr int kLanes = power_of_two_from(HEAD_DIM / kPerLane);  // that share a position; some idle at odd sizes
-constexpr int kAtOnce = kWarp / kLanes;                         // positions a warp takes at once
-// Query heads a warp serves: more would not fit its registers. Other warps then take the rest of the group.
-constexpr int kShares = ceil_div(GROUP, 2);
+constexpr int kLanes = HEAD_DIM <= 32 ? 4 : power_of_two_from(HEAD_DIM / kPerLane);  // that share a position; some may idle
+constexpr int kAtOnce = kWarp / kLanes;                                               // positions a warp takes at once
+// Query heads a warp serves: more than two crowd its registers. Other warps then take the rest of the group.
+constexpr int kShares = GROUP > 2 * kWarps ? kWarps : ceil_div(GROUP, 2);
 constexpr int kHeads = ceil_div(GROUP, kShares);
 constexpr int kTeams = kWarps / kShares;  // of warps that take the same positions
 constexpr int kTogether = kTeams * kAtOnce;
-constexpr int kDepth = sizeof(KvEight<KV>) > 16 ? 2 : 4;  // groups of positions a warp has under way, in registers
-constexpr int kAhead = kDepth * kTogether;
-constexpr int kLeast = RUN_GROUPS * kTogether;  // positions worth a block of their own
+constexpr int kTurns = ceil_div(kPageTokens, kTogether);  // of a warp in a page
+constexpr int kDepth = kTurns % 2 == 0 ? 2 : 1;           // turns whose scores are taken together
 static_assert(HEAD_DIM % kPerLane == 0 && kLanes <= kWarp && kTeams > 0, "a warp holds whole positions");
+
+// Pages in shared memory: as many as leave room for a block of a product, and two at least.
+constexpr int kRoom = (110 << 10) - (GROUP + 2) * HEAD_DIM * 4;
+constexpr int kPage = 2 * page_bytes<KV>(HEAD_DIM);
+constexpr int kStages = kRoom / kPage < 2 ? 2 : kRoom / kPage < 8 ? kRoom / kPage : 8;
+using Pages = Stages<KV, HEAD_DIM, KV_HEADS, kStages>;
+constexpr int kSumsBytes = kTogether * GROUP * HEAD_DIM * 4;  // what the slots of a block found: where pages were
+
+// What a launch has to ask for. Read by the host.
+extern "C" __device__ const int shared_bytes = largest(Pages::kBytes, kSumsBytes, kLeastShared);
 
 struct AttendArgs {
     const float* q;  // (KV_HEADS * GROUP, HEAD_DIM)
@@ -50,48 +63,31 @@ struct AttendArgs {
     int splits;
 };
 
+constexpr int kPairs = DIMS / 2;
+
 struct Shared {
     float q[GROUP][HEAD_DIM];
     alignas(16) float k[HEAD_DIM];  // read four at a time
     alignas(16) float v[HEAD_DIM];
-    float joined[kTeams][GROUP][HEAD_DIM];
-    float top[kTeams][GROUP], total[kTeams][GROUP];
+    float top[kTogether][GROUP], total[kTogether][GROUP];
+    float all_top[GROUP], all_total[GROUP];
+    float2 turns[kPairs > 0 ? kPairs : 1];  // cosine and sine of each pair at the token's position
+    uint64 barriers[kStages];
+    bool is_last;
 };
 
 struct Running {
     float top = kLowest, total = 0.f;
     float sums[kPerLane] = {};
-
-    __device__ __forceinline__ void join(float other_top, float other_total, const float* other) {
-        const float next = fmaxf(top, other_top);
-        const float keep = __expf(top - next), take = __expf(other_top - next);
-        total = total * keep + other_total * take;
-#pragma unroll
-        for (int i = 0; i < kPerLane; ++i) sums[i] = sums[i] * keep + other[i] * take;
-        top = next;
-    }
 };
 
 __device__ __forceinline__ bool holds() { return threadIdx.x % kLanes * kPerLane < HEAD_DIM; }
 __device__ __forceinline__ int part() { return holds() ? threadIdx.x % kLanes : 0; }
 
-// The cosines and sines of a lane's pairs.
-constexpr int kPairs = DIMS / 2, kLanePairs = ceil_div(kPairs, kWarp);
-struct Turns {
-    float2 of[kLanePairs > 0 ? kLanePairs : 1];
-    __device__ __forceinline__ void load(const AttendArgs& args, int position) {
-#pragma unroll
-        for (int i = 0; i < kLanePairs; ++i) {
-            const int pair = min(static_cast<int>(threadIdx.x % kWarp) + i * kWarp, kPairs - 1);
-            of[i] = rope_turn(position, args.frequencies[pair], args.magnitude);
-        }
-    }
-};
-
 // A head of Q or K, or V's: to shared memory as attention uses it. A warp takes one.
-__device__ __forceinline__ void bring_head(const float* from, const float* norm, float eps, const Turns& turns, bool is_value, float* to) {
+__device__ __forceinline__ void bring_head(const float* from, const float* norm, float eps, const float2* turns, bool is_value, float* to) {
     const int lane = threadIdx.x % kWarp;
-    for (int i = lane; i < HEAD_DIM; i += kWarp) to[i] = from[i];
+    for (int i = lane; i < HEAD_DIM; i += kWarp) to[i] = __ldcg(from + i);  // a rehearsal may have read it before
     __syncwarp();
     if (is_value) return;
     if constexpr (HEAD_NORM != kNoNorm) {
@@ -105,76 +101,122 @@ __device__ __forceinline__ void bring_head(const float* from, const float* norm,
         for (int i = lane; i < HEAD_DIM; i += kWarp) to[i] = (to[i] - mean) * inverse * norm[i];
         __syncwarp();
     }
-#pragma unroll
-    for (int i = 0; i < kLanePairs; ++i) {
-        const int pair = lane + i * kWarp;
-        if (pair >= kPairs) break;
+    for (int pair = lane; pair < kPairs; pair += kWarp) {
         float& a = to[HALVES ? pair : 2 * pair];
         float& b = to[HALVES ? pair + kPairs : 2 * pair + 1];
-        const float2 turned = make_float2(a * turns.of[i].x - b * turns.of[i].y, a * turns.of[i].y + b * turns.of[i].x);
+        const float2 turn = turns[pair];
+        const float2 turned = make_float2(a * turn.x - b * turn.y, a * turn.y + b * turn.x);
         a = turned.x, b = turned.y;
     }
     __syncwarp();
 }
 
-// One position a slot; all lanes of the warp call.
-__device__ __forceinline__ void add(const AttendArgs& args, const float (&q)[kHeads][kPerLane], const Eight& key, const Eight& value,
-                                    bool inside, Running (&running)[kHeads]) {
+__device__ __forceinline__ float score_of(const AttendArgs& args, const float (&q)[kPerLane], const Eight& key) {
+    float score = 0.f;
 #pragma unroll
-    for (int g = 0; g < kHeads; ++g) {
-        float score = 0.f;
+    for (int i = 0; i < kPerLane; ++i) score += q[i] * key.v[i];
+    score = lanes_sum<kLanes>(score);
+    if constexpr (SOFTCAP) score = args.softcap * tanhf(score / args.softcap);
+    return score;
+}
+
+// The positions of a page, which begins at `start`, that are from `from` to `to` - 1; all lanes of the warp call.
+__device__ __forceinline__ void add_page(const AttendArgs& args, const float (&q)[kHeads][kPerLane], KV* keys, KV* values, int start, int slot,
+                                         int from, int to, Running (&running)[kHeads]) {
+#pragma unroll 1
+    for (int turn = 0; turn < kTurns && start + turn * kTogether < to; turn += kDepth) {
+        float scores[kDepth][kHeads];
+        bool counts[kDepth];
 #pragma unroll
-        for (int i = 0; i < kPerLane; ++i) score += q[g][i] * key.v[i];
-        score = lanes_sum<kLanes>(score);
-        if constexpr (SOFTCAP) score = args.softcap * tanhf(score / args.softcap);
-        if (inside) running[g].join(score, 1.f, value.v);
+        for (int i = 0; i < kDepth; ++i) {
+            const int token = min((turn + i) * kTogether + slot, kPageTokens - 1), position = start + token;
+            counts[i] = (turn + i) * kTogether + slot < kPageTokens && position >= from && position < to;
+            const Eight key = kv_load8(kv_row(keys, 0, token, 0, 1, HEAD_DIM), part());
+#pragma unroll
+            for (int g = 0; g < kHeads; ++g) scores[i][g] = score_of(args, q[g], key);
+        }
+#pragma unroll
+        for (int g = 0; g < kHeads; ++g) {
+            float top = running[g].top;
+#pragma unroll
+            for (int i = 0; i < kDepth; ++i) top = fmaxf(top, counts[i] ? scores[i][g] : kLowest);
+            const float keep = __expf(running[g].top - top);
+            running[g].top = top;
+            running[g].total *= keep;
+#pragma unroll
+            for (int j = 0; j < kPerLane; ++j) running[g].sums[j] *= keep;
+#pragma unroll
+            for (int i = 0; i < kDepth; ++i) {
+                scores[i][g] = counts[i] ? __expf(scores[i][g] - top) : 0.f;
+                running[g].total += scores[i][g];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kDepth; ++i) {
+            const int token = min((turn + i) * kTogether + slot, kPageTokens - 1);
+            const Eight value = kv_load8(kv_row(values, 0, token, 0, 1, HEAD_DIM), part());
+#pragma unroll
+            for (int g = 0; g < kHeads; ++g) {
+#pragma unroll
+                for (int j = 0; j < kPerLane; ++j) {
+                    if (counts[i]) running[g].sums[j] += scores[i][g] * value.v[j];  // what was never written may be no number
+                }
+            }
+        }
     }
 }
 
-// The slots of each warp, to shared memory.
-__device__ __forceinline__ void join_slots(Shared& shared, int team, int first_head, Running (&running)[kHeads]) {
-    const int lane = threadIdx.x % kWarp;
+// What each slot of a warp found, to shared memory.
+__device__ __forceinline__ void keep(Shared& shared, float* all_sums, int slot, int first_head, const Running (&running)[kHeads]) {
 #pragma unroll
     for (int g = 0; g < kHeads; ++g) {
-#pragma unroll
-        for (int apart = kLanes; apart < kWarp; apart *= 2) {
-            const float top = __shfl_xor_sync(kFullMask, running[g].top, apart);
-            const float total = __shfl_xor_sync(kFullMask, running[g].total, apart);
-            float sums[kPerLane];
-#pragma unroll
-            for (int i = 0; i < kPerLane; ++i) sums[i] = __shfl_xor_sync(kFullMask, running[g].sums[i], apart);
-            running[g].join(top, total, sums);
-        }
         const int head = first_head + g;
         if (head >= GROUP) continue;
-        if (lane < kLanes && holds()) {
-#pragma unroll
-            for (int i = 0; i < kPerLane; ++i) shared.joined[team][head][part() * kPerLane + i] = running[g].sums[i];
+        if (holds()) {
+            float4* sums = reinterpret_cast<float4*>(all_sums + (slot * GROUP + head) * HEAD_DIM + part() * kPerLane);
+            const float* from = running[g].sums;
+            sums[0] = make_float4(from[0], from[1], from[2], from[3]);
+            sums[1] = make_float4(from[4], from[5], from[6], from[7]);
         }
-        if (lane == 0) shared.top[team][head] = running[g].top, shared.total[team][head] = running[g].total;
+        if (threadIdx.x % kLanes == 0) shared.top[slot][head] = running[g].top, shared.total[slot][head] = running[g].total;
     }
 }
 
-// The teams of a block: results where the context is one run, else sums for the block that comes last.
-__device__ __forceinline__ void join_teams(const Shared& shared, float* out, float* partial, bool is_whole) {
+// What each slot's sums count for: a warp takes a query head, a lane its slots. `top` becomes the weight.
+__device__ __forceinline__ void weigh_slots(Shared& shared) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll 1
+    for (int g = threadIdx.x / kWarp; g < GROUP; g += kWarps) {
+        float top = kLowest, total = 0.f;
+        for (int slot = lane; slot < kTogether; slot += kWarp) top = fmaxf(top, shared.top[slot][g]);
+        top = lanes_max(top);
+        for (int slot = lane; slot < kTogether; slot += kWarp) {
+            const float weight = __expf(shared.top[slot][g] - top);
+            total += shared.total[slot][g] * weight;
+            shared.top[slot][g] = weight;
+        }
+        total = lanes_sum(total);
+        if (lane == 0) shared.all_top[g] = top, shared.all_total[g] = total;
+    }
+}
+
+// All slots of a block: results where the context is one run, else sums for the block that comes last.
+__device__ __forceinline__ void join_slots(const Shared& shared, const float* all_sums, float* out, float* partial, bool is_whole,
+                                           bool is_real) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += kThreads) {
         const int g = i / HEAD_DIM, d = i % HEAD_DIM;
-        float top = kLowest, sum = 0.f, total = 0.f;
-#pragma unroll
-        for (int team = 0; team < kTeams; ++team) top = fmaxf(top, shared.top[team][g]);
-#pragma unroll
-        for (int team = 0; team < kTeams; ++team) {
-            const float take = __expf(shared.top[team][g] - top);
-            sum += shared.joined[team][g][d] * take;
-            total += shared.total[team][g] * take;
-        }
+        float sum = 0.f;
+#pragma unroll 8
+        for (int slot = 0; slot < kTogether; ++slot) sum += all_sums[slot * GROUP * HEAD_DIM + i] * shared.top[slot][g];
+        if (!is_real) continue;
         if (is_whole) {
-            out[i] = sum / total;
+            out[i] = sum / shared.all_total[g];
             continue;
         }
         float* mine = partial + g * (HEAD_DIM + 2);
         mine[d] = sum;
-        if (d == 0) mine[HEAD_DIM] = top, mine[HEAD_DIM + 1] = total;
+        if (d == 0) mine[HEAD_DIM] = shared.all_top[g], mine[HEAD_DIM + 1] = shared.all_total[g];
     }
 }
 
@@ -197,48 +239,33 @@ __device__ __forceinline__ void join_runs(const float* partial, int used, float*
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads) attend(const __grid_constant__ AttendArgs args) {
-    __shared__ Shared shared;
-    __shared__ bool is_last;
-    const int split = blockIdx.x, head = blockIdx.y, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+// What a block attends to.
+struct Run {
+    int first_page, pages;  // of the sequence
+    int from, to;           // positions in the cache
+    bool brings;            // and the step's own token
+};
 
-    let_next_kernel_start();
-    // what was there before the kernel that makes Q, K and V
-    const int position = args.rows.positions[0], end = position + 1;
-    const int begin = WINDOWED ? max(0, end - args.window) : 0;
-    const int each = max(kLeast, ceil_div(ceil_div(end - begin, args.splits), kTogether) * kTogether);
-    const int used = ceil_div(end - begin, each);
-    if (split >= used) return;
-    const int from = begin + split * each, to = min(end, from + each);
-    const bool brings = to == end;  // this block's run ends with the step's own token
-    auto load = [&](KV* cache, int at) {
-        KvEight<KV> eight{};
-        if (at < min(to, position)) eight = kv_ask8(kv_row(cache, args.rows, 0, at, head, KV_HEADS, HEAD_DIM), part());
-        return eight;
-    };
-    const int team = warp / kShares, first_head = warp % kShares * kHeads;
-    int at = (team < kTeams ? from + team * kAtOnce : to) + lane / kLanes;
-    KvEight<KV> keys[kDepth], values[kDepth];
-#pragma unroll
-    for (int i = 0; i < kDepth; ++i) {
-        keys[i] = load(args.keys, at + i * kTogether);
-        values[i] = load(args.values, at + i * kTogether);
-    }
-    Turns turns;
-    turns.load(args, position);
-    wait_for_previous_kernel();
-
-    for (int row = warp; row < GROUP + 2 * brings; row += kWarps) {
+// The queries of the group and, where this block brings them, K and V of the step's own token: to shared memory.
+__device__ __forceinline__ void bring(const AttendArgs& args, int head, int position, bool brings, Shared& shared) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll 1
+    for (int row = threadIdx.x / kWarp; row < GROUP + 2 * brings; row += kWarps) {
         const bool is_query = row < GROUP, is_value = row == GROUP + 1;
         float* brought = is_query ? shared.q[row] : is_value ? shared.v : shared.k;
         const float* source = is_query ? args.q + (head * GROUP + row) * HEAD_DIM : (is_value ? args.v : args.k) + head * HEAD_DIM;
-        bring_head(source, is_query ? args.q_norm : args.k_norm, is_query ? args.q_eps : args.k_eps, turns, is_value, brought);
+        bring_head(source, is_query ? args.q_norm : args.k_norm, is_query ? args.q_eps : args.k_eps, shared.turns, is_value, brought);
         if (is_query) continue;
         const auto cached = kv_row(is_value ? args.values : args.keys, args.rows, 0, position, head, KV_HEADS, HEAD_DIM);
         for (int i = lane; i < HEAD_DIM; i += kWarp) brought[i] = kv_store(cached, i, brought[i]);
     }
-    __syncthreads();
+}
 
+// Attention of the block to its run (the first positions of it in a rehearsal), left in shared memory: whoever holds a slot has its sums at `all_sums`.
+__device__ __forceinline__ void attend_to(const AttendArgs& args, const int* pages, int head, const Run& run, const Pages& stages, Shared& shared,
+                                          bool is_real) {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int team = warp / kShares, first_head = warp % kShares * kHeads, slot = team * kAtOnce + lane / kLanes;
     float q[kHeads][kPerLane];
     Running running[kHeads];
 #pragma unroll
@@ -247,30 +274,93 @@ extern "C" __global__ void __launch_bounds__(kThreads) attend(const __grid_const
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) q[g][i] = holds() ? row[i] * args.scale : 0.f;
     }
-#pragma unroll 1
-    while (at - lane / kLanes < to) {
+    if (run.brings && team == 0) {
+        const Eight key = load8(shared.k + part() * kPerLane), value = load8(shared.v + part() * kPerLane);
 #pragma unroll
-        for (int i = 0; i < kDepth; ++i, at += kTogether) {
-            if (at - lane / kLanes >= to) break;
-            Eight key = kv_take8(keys[i]), value = kv_take8(values[i]);
-            if (at == position) key = load8(shared.k + part() * kPerLane), value = load8(shared.v + part() * kPerLane);
-            keys[i] = load(args.keys, at + kAhead);
-            values[i] = load(args.values, at + kAhead);
-            add(args, q, key, value, at < to, running);
+        for (int g = 0; g < kHeads; ++g) {
+            const float score = score_of(args, q[g], key);
+            if (slot > 0) continue;
+            running[g].top = score, running[g].total = 1.f;
+#pragma unroll
+            for (int i = 0; i < kPerLane; ++i) running[g].sums[i] = value.v[i];
         }
     }
-    if (team < kTeams) join_slots(shared, team, first_head, running);
+#pragma unroll 1
+    for (int n = 0; n < run.pages; ++n) {
+        if (is_real) stages.wait(n);
+        if (team < kTeams) {
+            const int start = (run.first_page + n) * kPageTokens;
+            add_page(args, q, stages.keys(n), stages.values(n), start, slot, run.from, is_real ? run.to : start + 1, running);
+        }
+        if (!is_real) break;
+        const int next = n + kStages;
+        if (next < run.pages) __syncthreads();  // all are done with the page whose place it takes
+        stages.ask(args.keys, args.values, next, next < run.pages ? pages[run.first_page + next] : -1, head);
+    }
+    if (!is_real) return;
+    __syncthreads();
+    if (team < kTeams) keep(shared, reinterpret_cast<float*>(stages.memory), slot, first_head, running);
+}
+
+// Where rings are (gemv_ring.cuh) a block of a product is to find room beside it.
+#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+constexpr int kBlocks = 2;
+#else
+constexpr int kBlocks = 1;
+#endif
+
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) attend(const __grid_constant__ AttendArgs args) {
+    extern __shared__ __align__(128) uint8 memory[];
+    __shared__ Shared shared;
+    const int head = blockIdx.x % KV_HEADS, split = blockIdx.x / KV_HEADS;
+
+    let_next_kernel_start();
+    // what was there before the kernel that makes Q, K and V
+    const int position = args.rows.positions[0], end = position + 1;
+    const int* pages = args.rows.pages + args.rows.tables[0];
+    const int begin = WINDOWED ? max(0, end - args.window) : 0;
+    const int first_page = begin / kPageTokens, all_pages = ceil_div(end, kPageTokens) - first_page;
+    const int each = max(RUN_PAGES, ceil_div(all_pages, args.splits));
+    const int used = ceil_div(all_pages, each);
+    if (split >= used) {
+        wait_for_previous_kernel();  // see kLeastShared
+        return;
+    }
+    Run run{first_page + split * each, min(each, all_pages - split * each), begin, position, split == used - 1};
+
+    const Pages stages{memory, shared.barriers};
+    stages.start();
+    __syncthreads();
+#pragma unroll 1
+    for (int n = 0; n < kStages; ++n) {
+        stages.ask(args.keys, args.values, n, n < run.pages ? pages[run.first_page + n] : -1, head);
+    }
+    for (int pair = threadIdx.x; pair < kPairs; pair += kThreads) {
+        shared.turns[pair] = rope_turn(position, args.frequencies[pair], args.magnitude);
+    }
     __syncthreads();
 
     float* out = args.out + head * GROUP * HEAD_DIM;
     float* partial = args.partial + static_cast<size_t>(head) * SPLITS * GROUP * (HEAD_DIM + 2);
-    join_teams(shared, out, partial + static_cast<size_t>(split) * GROUP * (HEAD_DIM + 2), used == 1);
+#pragma unroll 1
+    for (int rehearsals = 1; rehearsals >= 0; --rehearsals) {
+        if (rehearsals == 0) wait_for_previous_kernel();
+        bring(args, head, position, run.brings && rehearsals == 0, shared);
+        __syncthreads();
+        const bool is_real = rehearsals == 0;
+        attend_to(args, pages, head, run, stages, shared, is_real);
+        __syncthreads();
+        weigh_slots(shared);
+        __syncthreads();
+        float* mine = partial + static_cast<size_t>(split) * GROUP * (HEAD_DIM + 2);
+        join_slots(shared, reinterpret_cast<const float*>(memory), out, mine, used == 1, is_real);
+    }
     if (used == 1) return;
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) is_last = atomicAdd(&args.arrivals[head], 1) == used - 1;
+    if (threadIdx.x == 0) shared.is_last = atomicAdd(&args.arrivals[head], 1) == used - 1;
     __syncthreads();
-    if (!is_last) return;
+    if (!shared.is_last) return;
     __threadfence();
     join_runs(partial, used, out);
     if (threadIdx.x == 0) args.arrivals[head] = 0;

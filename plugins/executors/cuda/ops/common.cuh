@@ -15,6 +15,18 @@ constexpr uint32 kFullMask = 0xffffffffu;
 
 __device__ __forceinline__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+constexpr int largest(int a) { return a; }
+template <class... Rest>
+constexpr int largest(int a, int b, Rest... rest) {
+    return largest(a > b ? a : b, rest...);
+}
+
+// Shared memory that a block of a step of one token asks for at least: more than a third of what a multiprocessor has, so
+// that it never holds three. Kernels of such a step have one block for each multiprocessor, and each waits for the kernel
+// before, even where it has nothing to do. So whenever a kernel's blocks are placed, each multiprocessor has just one
+// half free: all get a block, none gets two.
+constexpr int kLeastShared = 80 << 10;
+
 // How a weight's bytes are read. Weights in global memory are read once per step and must not push activations out of
 // L1; weights that a bulk copy brought into shared memory are read with plain loads. A traits header is written
 // against this interface and works from either place.

@@ -24,7 +24,8 @@ using WarpRing = typename RingOf<Segments>::Type;
 constexpr int kRingStart = ceil_div(kInputBytes, 128) * 128;
 
 // What a launch has to ask for: only the traits know which form of the input they take. Read by the host.
-extern "C" __device__ const int shared_bytes = RING_SLOTS > 0 ? kRingStart + kWarps * WarpRing::kBytes : kInputBytes;
+extern "C" __device__ const int shared_bytes =
+    RING_SLOTS > 0 ? largest(kRingStart + kWarps * WarpRing::kBytes, kLeastShared) : kInputBytes;
 
 // What a warp works with besides its units.
 struct Work {

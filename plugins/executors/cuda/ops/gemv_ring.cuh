@@ -5,46 +5,7 @@
 // half to the next one.
 #pragma once
 
-#include "common.cuh"
-
-__device__ __forceinline__ uint32 shared_address(const void* p) { return static_cast<uint32>(__cvta_generic_to_shared(p)); }
-
-// One slot's barrier: a phase of it ends when the bytes asked for have arrived.
-__device__ __forceinline__ void start_barrier(uint64* barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
-}
-
-__device__ __forceinline__ void publish_barriers() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-__device__ __forceinline__ void wait_arrival(const uint64* barrier, uint32 parity) {
-    asm volatile(
-        "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}" ::"r"(
-            shared_address(barrier)),
-        "r"(parity)
-        : "memory");
-}
-
-// Weights are read once a step: they go first when the L2 cache needs room, activations stay.
-__device__ __forceinline__ uint64 read_once_policy() {
-    uint64 policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
-__device__ __forceinline__ void copy_bulk(uint8* to, const uint8* from, uint32 bytes, uint64* barrier, uint64 policy) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-            shared_address(to)),
-        "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
-        : "memory");
-}
-
-constexpr int largest(int a) { return a; }
-template <class... Rest>
-constexpr int largest(int a, int b, Rest... rest) {
-    return largest(a > b ? a : b, rest...);
-}
+#include "bulk_copy.cuh"
 
 // The tiles a warp reads, in order: those of its units, of a gated unit first the gate's, then the other's. `kUnits` are
 // shared by the warps of all blocks; a unit is so many tiles of each segment (gated) or of one.
@@ -108,7 +69,10 @@ private:
     template <class Args>
     __device__ __forceinline__ void ask(const Args& args) {
         if (left == 0) return;
-        if (threadIdx.x % kWarp == 0) copy_bulk(slots + asked * kSlotBytes, from, bytes, barriers + asked, policy);
+        if (threadIdx.x % kWarp == 0) {
+            expect_bytes(barriers + asked, bytes);
+            copy_bulk(slots + asked * kSlotBytes, from, bytes, barriers + asked, policy);
+        }
         if (++asked == kSlots) asked = 0;
         from += bytes;
         if (--left > 0) return;
