@@ -138,7 +138,7 @@ def test_a_generation_that_is_interrupted_leaves_the_runtime_usable(
     ids = prompt(cuda, 70)
     wanted, runtime = text(cuda, ids), cuda.runtime
     assert isinstance(runtime, CudaRuntime)
-    free = runtime._pool.free
+    free = runtime.pool.free
     wait, left = CudaRuntime.wait, iter(range(at))
 
     def interrupted(self: CudaRuntime, work: Any) -> None:
@@ -150,7 +150,7 @@ def test_a_generation_that_is_interrupted_leaves_the_runtime_usable(
     with pytest.raises(KeyboardInterrupt):
         text(cuda, ids)
     monkeypatch.undo()
-    assert runtime._pool.free == free, "its pages came back"
+    assert runtime.pool.free == free, "its pages came back"
     assert text(cuda, ids) == wanted
 
 

@@ -41,10 +41,11 @@ def compile_for_cpu(folder: Path, text: str, defines: Mapping[str, str | int], s
 
 
 def for_tensor_cores(text: str) -> str:
-    """Flattened kernels without what `TENSOR` stands in for: ``mma.cuh``, dynamic memory, loads in assembler."""
-    text = re.sub(r'#line \d+ "mma.cuh"\n.*?(?=#line)', "", text, flags=re.DOTALL)
+    """Flattened kernels without what `TENSOR` stands in for: headers and loads in assembler, dynamic memory."""
+    for name in ("mma.cuh", "shared_address.cuh", "bulk_copy.cuh"):
+        text = re.sub(rf'#line \d+ "{name}"\n.*?(?=#line)', "", text, flags=re.DOTALL)
     text = re.sub(
-        r"extern __shared__ __align__\(16\) (\w+) (\w+)\[\];", r"\1* \2 = reinterpret_cast<\1*>(arena);", text
+        r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];", r"\1* \2 = reinterpret_cast<\1*>(arena);", text
     )
     return text.replace("load<GlobalStream", "load<SharedTile")
 

@@ -1,5 +1,6 @@
-// What ops/mma.cuh does with tensor cores and shared memory, in C++, for kernels whose threads work together. Stands in
-// for cuda_fp16.h; the text of mma.cuh is left out. Dynamic shared memory is `arena`.
+// What ops/mma.cuh does with tensor cores and shared memory and ops/bulk_copy.cuh with copies, in C++, for kernels whose
+// threads work together. Stands in for cuda_fp16.h; the text of those headers is left out. Dynamic shared memory is
+// `arena`.
 #pragma once
 
 #include "cuda_threads.h"
@@ -18,6 +19,9 @@ inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x),
 inline __half2 __float2half2_rn(float x) { return __floats2half2_rn(x, x); }
 inline __half2 __hsub2(__half2 a, __half2 b) {
     return __floats2half2_rn(__half2float(a.x) - __half2float(b.x), __half2float(a.y) - __half2float(b.y));
+}
+inline __half2 __hmul2(__half2 a, __half2 b) {
+    return __floats2half2_rn(__half2float(a.x) * __half2float(b.x), __half2float(a.y) * __half2float(b.y));
 }
 inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
     return __floats2half2_rn(std::fma(__half2float(a.x), __half2float(b.x), __half2float(c.x)),
@@ -117,3 +121,40 @@ inline void copy_async16(unsigned to, const void* from, bool inside) {
 inline void end_copies() {}
 template <int kStillOpen>
 void wait_for_copies() {}
+
+// A barrier of bulk copies: how many phases are over, who asks, and who and how many bytes this one still waits for.
+struct Arrivals {
+    unsigned short over;
+    unsigned char askers, silent;
+    int missing;
+    void look() {
+        if (silent || missing) return;
+        ++over;
+        silent = askers;
+    }
+};
+inline Arrivals& arrivals_of(const unsigned long long* barrier) {
+    return *reinterpret_cast<Arrivals*>(const_cast<unsigned long long*>(barrier));
+}
+inline void start_barrier(unsigned long long* barrier, int askers = 1) {
+    const auto count = static_cast<unsigned char>(askers);
+    arrivals_of(barrier) = {0, count, count, 0};
+}
+inline void publish_barriers() {}
+inline unsigned long long read_once_policy() { return 0; }
+inline void expect_bytes(unsigned long long* barrier, unsigned bytes) {
+    Arrivals& arrivals = arrivals_of(barrier);
+    arrivals.missing += static_cast<int>(bytes);
+    --arrivals.silent;
+    arrivals.look();
+}
+inline void copy_bulk(unsigned char* to, const unsigned char* from, unsigned bytes, unsigned long long* barrier, unsigned long long) {
+    if (bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) std::abort();
+    std::memcpy(to, from, bytes);
+    Arrivals& arrivals = arrivals_of(barrier);
+    arrivals.missing -= static_cast<int>(bytes);
+    arrivals.look();
+}
+inline void wait_arrival(const unsigned long long* barrier, unsigned parity) {
+    while (arrivals_of(barrier).over % 2 == parity) change_over();
+}

@@ -68,6 +68,8 @@ T from_lane(T value, unsigned lane) {
     return value;
 }
 template <class T>
+T __shfl_sync(unsigned, T value, int lane) { return from_lane(value, static_cast<unsigned>(lane) % 32); }
+template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) { return from_lane(value, threadIdx.x % 32 ^ mask); }
 template <class T>
 T __shfl_up_sync(unsigned, T value, int step) {

@@ -19,6 +19,7 @@ from mortice.core.model.types import ModelFile, TensorView
 from mortice.core.model.validation import validate
 from mortice.core.model.weight_plan import WeightPlan, plan_weights
 from mortice.core.plugin.interfaces import RuntimeSettings
+from mortice.core.plugin.kv_pages import PAGE_TOKENS, page_count
 from mortice.plugins.executors.reference.executor import ReferenceExecutor
 from mortice.plugins.executors.reference.runtime import ReferenceRuntime
 from mortice.plugins.qtypes import mortice_qtypes
@@ -130,10 +131,12 @@ def runtime_of(
     context_length: int | None = None,
     kv_type: str = "auto",
 ) -> ReferenceRuntime:
-    """The whole way from a file to a runtime of the reference executor."""
+    """The whole way from a file to a runtime of the reference executor, with a KV cache for 16 full sequences."""
     plan = plan_of(file, contract, layout)
     executor = ReferenceExecutor()
     resident = ResidentWeights(plan=plan, arena=executor.allocate(plan.arena_bytes))
     HostUpload().upload(resident, lambda event: None)
-    settings = RuntimeSettings(context_length=context_length or plan.program.context_length, kv_type=kv_type)
+    context = context_length or plan.program.context_length
+    room = 16 * page_count(context) * PAGE_TOKENS  # for tests with many sequences, not all of which they close
+    settings = RuntimeSettings(context_length=context, kv_type=kv_type, kv_tokens=room)
     return executor.open(bind(resident), settings, lambda event: None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 from attrs import define, field
@@ -17,9 +19,10 @@ from mortice.core.model.residency import BoundModel
 from mortice.core.model.types import DeviceInfo
 from mortice.core.model.weight_plan import Kernel, WeightPlan
 from mortice.core.plugin.interfaces import Emit, QuantizationType, RuntimeSettings, TypeTrial
-from mortice.plugins.executors.cuda.arena import CudaArena
+from mortice.plugins.executors.cuda.arena import CudaArena, begin_staging
 from mortice.plugins.executors.cuda.cublas import find_cublas
 from mortice.plugins.executors.cuda.device import Device, open_device
+from mortice.plugins.executors.cuda.driver import is_driver_installed
 from mortice.plugins.executors.cuda.gemv import has_bulk_copies
 from mortice.plugins.executors.cuda.kernels import Kernels, compile_kernels
 from mortice.plugins.executors.cuda.kv_pool import kv_pool_bytes
@@ -29,6 +32,7 @@ from mortice.plugins.executors.cuda.matmul import rows_at_once
 from mortice.plugins.executors.cuda.runtime import CudaRuntime
 from mortice.plugins.executors.cuda.runtime_memory import runtime_bytes
 from mortice.plugins.executors.cuda.sources import KernelSources
+from mortice.plugins.executors.cuda.staging import StagingPool
 from mortice.plugins.executors.cuda.type_trial import compile_type, trial_shapes, try_on_card, try_on_cpu
 from mortice.plugins.executors.cuda.vectors import VectorLayout
 
@@ -46,9 +50,24 @@ class CudaExecutor:
     _traits: dict[str, Path] = field(factory=dict, init=False, repr=False)
     _prepared: tuple[WeightPlan, RuntimeSettings, Kernels] | None = field(default=None, init=False, repr=False)
     """What `prepare` made for the next `open`."""
+    _staging: StagingPool | None = field(default=None, init=False, repr=False)
+    """What `prepare` made for the next `allocate`."""
+    _waking: Thread | None = field(default=None, init=False, repr=False)
+
+    def wake(self) -> None:
+        if self._device is None and self._waking is None and is_driver_installed():
+            self._waking = _ahead("mortice-cuda", self._bring_up)
+            _ahead("mortice-cublas", find_cublas)  # a large library; what is found is remembered
+
+    def _bring_up(self) -> None:
+        self._device = open_device()
 
     def opened(self) -> Device:
         """The device, opened on first use."""
+        waking = self._waking
+        if waking is not None:
+            waking.join()
+            self._waking = None
         if self._device is None:
             self._device = open_device()
         self._device.make_current()
@@ -92,7 +111,7 @@ class CudaExecutor:
         return [*reasons, *kv_type_reasons(program.kv, _kv_type(settings), self.name)]
 
     def kv_bytes(self, program: Program, settings: RuntimeSettings) -> int:
-        return kv_pool_bytes(program.kv, settings.context_length, _kv_type(settings))
+        return kv_pool_bytes(program.kv, settings.cache_tokens, _kv_type(settings))
 
     def workspace_bytes(self, program: Program, settings: RuntimeSettings) -> int:
         cublas = find_cublas() is not None
@@ -100,7 +119,14 @@ class CudaExecutor:
 
     def allocate(self, nbytes: int) -> CudaArena:
         device = self.opened()
-        return CudaArena(device, device.allocate(max(nbytes, 1)), device.new_stream())
+        try:
+            buffer = device.allocate(max(nbytes, 1))
+        except BaseException:
+            self._let_staging_go()
+            raise
+        code = self._prepared[2].repacks if self._prepared is not None else {}
+        staging, self._staging = self._staging, None
+        return CudaArena(device, buffer, device.new_stream(), code, staging)
 
     def default_upload(self) -> str:
         return "measured"
@@ -125,7 +151,18 @@ class CudaExecutor:
         return try_on_cpu(type_, rows, activations, scales)
 
     def prepare(self, plan: WeightPlan, settings: RuntimeSettings) -> None:
-        self._prepared = plan, settings, self._compiled(plan, settings)
+        self._let_staging_go()
+        self._staging = begin_staging(self.opened(), plan)
+        try:
+            self._prepared = plan, settings, self._compiled(plan, settings)
+        except BaseException:
+            self._let_staging_go()
+            raise
+
+    def _let_staging_go(self) -> None:
+        if self._staging is not None:
+            self._staging.close()
+            self._staging = None
 
     def _compiled(self, plan: WeightPlan, settings: RuntimeSettings) -> Kernels:
         device = self.opened()
@@ -149,6 +186,18 @@ class CudaExecutor:
         else:
             kernels = self._compiled(model.plan, settings)
         return CudaRuntime(model, settings, emit, self.opened(), kernels)
+
+
+def _ahead(name: str, work: Callable[[], object]) -> Thread:
+    """Do on a thread of that name what will be asked for soon."""
+
+    def body() -> None:
+        with suppress(Exception):  # it comes again where somebody asks
+            work()
+
+    thread = Thread(target=body, name=name)
+    thread.start()
+    return thread
 
 
 def _kv_type(settings: RuntimeSettings) -> str:

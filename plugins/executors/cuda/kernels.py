@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from attrs import frozen
+from attrs import evolve, frozen
 
+from mortice.plugins.executors.cuda.arena import repack_sources
 from mortice.plugins.executors.cuda.build import Build, compile_all
 from mortice.plugins.executors.cuda.cache import KernelCache
 from mortice.plugins.executors.cuda.launches import LaunchSpec, Spec
 from mortice.plugins.executors.cuda.lowering import Lowering
 from mortice.plugins.executors.cuda.matmul import RowPath
-from mortice.plugins.executors.cuda.nvrtc import Source
+from mortice.plugins.executors.cuda.nvrtc import Compiled, Source
 
 __all__ = ["Kernels", "compile_kernels"]
 
@@ -25,6 +26,7 @@ class Kernels:
         specs: the launches of body and head, by the way a step goes.
         choose: what chooses tokens.
         build: the code of every source.
+        repacks: the code that lays the weights out.
 
     """
 
@@ -32,6 +34,7 @@ class Kernels:
     specs: Mapping[RowPath, tuple[list[Spec], list[Spec]]]
     choose: Source
     build: Build
+    repacks: Mapping[Source, Compiled]
 
     @property
     def launches(self) -> list[LaunchSpec]:
@@ -48,9 +51,18 @@ def compile_kernels(lowering: Lowering, arch: str) -> Kernels:
 
     """
     specs = {path: lowering.launches(path) for path in lowering.paths}
-    choose = lowering.sources.choose(lowering.plan.program.vocab_size, lowering.sm_count)
+    choose = lowering.sources.choose(lowering.plan.program.vocab_size)
     sources = {spec.source for spec in _own(specs)} | {choose}
-    return Kernels(lowering=lowering, specs=specs, choose=choose, build=compile_all(sources, arch, cache=KernelCache()))
+    repacks = repack_sources(lowering.plan)
+    build = compile_all(sources | repacks, arch, cache=KernelCache())
+    code = build.kernels
+    return Kernels(
+        lowering=lowering,
+        specs=specs,
+        choose=choose,
+        build=evolve(build, kernels={source: code[source] for source in sources}),
+        repacks={source: code[source] for source in repacks},
+    )
 
 
 def _own(specs: Mapping[RowPath, tuple[list[Spec], list[Spec]]]) -> list[LaunchSpec]:

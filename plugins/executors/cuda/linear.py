@@ -14,7 +14,8 @@ from mortice.plugins.executors.cuda.cublas import Gemm
 from mortice.plugins.executors.cuda.fusion import LinearGroup
 from mortice.plugins.executors.cuda.gemv import gemv_shape
 from mortice.plugins.executors.cuda.launches import Addresses, GemmSpec, LaunchSpec, Spec
-from mortice.plugins.executors.cuda.layouts import tile_geometry
+from mortice.plugins.executors.cuda.layouts import TileGeometry, tile_geometry
+from mortice.plugins.executors.cuda.linear_args import FinishArgs, GemvArgs, InputArgs, MatmulArgs, RingArgs
 from mortice.plugins.executors.cuda.matmul import (
     GEMV_PASS,
     JOIN_COLUMNS,
@@ -28,58 +29,28 @@ from mortice.plugins.executors.cuda.matmul import (
     slices_of,
     units_of,
 )
+from mortice.plugins.executors.cuda.matmul_ring import RingShape, ring_shape
 from mortice.plugins.executors.cuda.sources import KernelSources
 from mortice.plugins.executors.cuda.workspace import Workspace
 
 __all__ = ["LinearLowering"]
 
-Pointer, Int, Float = ctypes.c_uint64, ctypes.c_int32, ctypes.c_float
+Pointer, Int = ctypes.c_uint64, ctypes.c_int32
 
-_SEGMENTS = 4
 _NEEDS_FLOAT32 = frozenset({"F32"})
 """Types whose products half precision would change by more than the weights' own rounding."""
 
 
-class _SegmentArgs(ctypes.Structure):
-    _fields_ = [(name, Pointer) for name in ("weight", "bias", "residual", "out")]
+@frozen(kw_only=True)
+class _Joined:
+    """A group whose products, of so many slices, are finished with the next one's input.
 
+    `scaled` says whether they are still to be multiplied with the scales of the group's input.
+    """
 
-class _GemvArgs(ctypes.Structure):
-    _fields_ = [
-        ("x", Pointer),
-        ("norm_weight", Pointer),
-        ("norm_bias", Pointer),
-        ("norm_eps", Float),
-        ("segments", _SegmentArgs * _SEGMENTS),
-    ]
-
-
-class _MatmulArgs(ctypes.Structure):
-    _fields_ = [("x", Pointer), ("products", Pointer), ("weights", Pointer * _SEGMENTS), ("rows", Int)]
-
-
-class _PartArgs(ctypes.Structure):
-    _fields_ = [("bias", Pointer), ("residual", Pointer), ("out", Pointer), ("columns", Int), ("stride", Int)]
-
-
-class _FinishArgs(ctypes.Structure):
-    _fields_ = [
-        ("products", Pointer),
-        ("scales", Pointer),
-        ("slices", Int),
-        ("rows", Int),
-        ("width", Int),
-        ("parts", _PartArgs * _SEGMENTS),
-    ]
-
-
-class _InputArgs(ctypes.Structure):
-    _fields_ = [
-        *((name, Pointer) for name in ("x", "norm_weight", "norm_bias", "out", "scales")),
-        ("norm_eps", Float),
-        ("rows", Int),
-        ("products", _FinishArgs),
-    ]
+    group: LinearGroup
+    slices: int
+    scaled: bool = True
 
 
 @frozen(eq=False, kw_only=True)
@@ -113,11 +84,13 @@ class LinearLowering:
         Where the only input of the group `after` is this one's result, its first launch finishes the products of this
         one, whose last launch is then missing; so it is here for the group `before`.
         """
-        kind = self._kind(group, path)
+        kind, ring = self._kind(group, path), self._ring_shape(group, path)
         joined = before if before is not None and self._is_joined(before, group, path) else None
         leaves = after is not None and self._is_joined(group, after, path)
         if kind == "gemv":
             return [self._gemv(group, 1 if path.rows == 1 else GEMV_PASS)]
+        if ring is not None:
+            return self._ring(group, ring, leaves=leaves)
         if kind == "matmul":
             return self._matmul(group, path, joined, leaves=leaves)
         return self._gemm(group, joined, leaves=leaves)
@@ -129,10 +102,21 @@ class LinearLowering:
     def _weights(self, group: LinearGroup) -> list[PlannedWeight]:
         return [self.planned[linear.weight] for linear in group.linears]
 
+    def _tiles(self, group: LinearGroup) -> list[TileGeometry]:
+        return [tile_geometry(w.tensor.qtype, w.rows, w.columns) for w in self._weights(group)]
+
+    def _ring_shape(self, group: LinearGroup, path: RowPath) -> RingShape | None:
+        if not self.bulk_copies or self._kind(group, path) != "matmul":
+            return None
+        return ring_shape(group, self._tiles(group), path.rows)
+
     def _is_joined(self, first: LinearGroup, second: LinearGroup, path: RowPath) -> bool:
         """Whether the products of `first` are finished by the launch that prepares the input of `second`."""
         ways = self._kind(first, path), self._kind(second, path)
         if "gemv" in ways or first.outputs != (second.source,) or second.source.width > JOIN_COLUMNS:
+            return False
+        ring = self._ring_shape(first, path)
+        if self._ring_shape(second, path) is not None or (ring is not None and ring.slices == 1):
             return False
         if first.gated is not None:  # twice the products for a block a row: slower than two launches, as measured
             return False
@@ -159,7 +143,7 @@ class LinearLowering:
             activation=group.activation,
             quantize_activations=self.quantize_activations,
         )
-        row_groups = [tile_geometry(w.tensor.qtype, w.rows, w.columns).row_groups for w in weights]
+        row_groups = [tile.row_groups for tile in self._tiles(group)]
         units = min(row_groups) if group.gated else sum(row_groups)
         return LaunchSpec(
             name=self._name(group),
@@ -173,31 +157,61 @@ class LinearLowering:
             outputs=group.outputs,
         )
 
-    def _gemv_args(self, group: LinearGroup, at: Addresses) -> _GemvArgs:
-        args = _GemvArgs(x=self._buffer(at, group.source))
+    def _gemv_args(self, group: LinearGroup, at: Addresses) -> GemvArgs:
+        args = GemvArgs(x=self._buffer(at, group.source))
         if group.norm is not None:
             args.norm_weight = at.weights[group.norm.weight]
             args.norm_bias = at.weights[group.norm.bias] if group.norm.bias is not None else 0
             args.norm_eps = group.norm.eps
+        self._fill_segments(args.segments, group, at)
+        return args
+
+    def _fill_segments(self, segments: Any, group: LinearGroup, at: Addresses) -> None:
         outputs = group.outputs if len(group.outputs) == len(group.linears) else group.outputs * len(group.linears)
-        for segment, linear, bias, out in zip(args.segments, group.linears, group.biases, outputs, strict=False):
+        for segment, linear, bias, out in zip(segments, group.linears, group.biases, outputs, strict=False):
             segment.weight = at.weights[linear.weight]
             segment.bias = at.weights[bias.weight] if bias is not None else 0
             segment.residual = self._buffer(at, group.added) if group.added is not None else 0
             segment.out = self._buffer(at, out)
-        return args
+
+    # tensor cores, all in one launch ----------------------------------------------------------------------------
+
+    def _ring(self, group: LinearGroup, shape: RingShape, *, leaves: bool) -> list[Spec]:
+        weights = self._weights(group)
+
+        def args(at: Addresses, rows: int) -> tuple[Any, ...]:
+            filled = RingArgs(x=self._buffer(at, group.source), products=at.matmul + self.scratch.products, rows=rows)
+            if group.norm is not None:
+                filled.norm_weight, filled.norm_eps = at.weights[group.norm.weight], group.norm.eps
+            self._fill_segments(filled.segments, group, at)
+            return (filled,)
+
+        whole = shape.slices == 1
+        products = LaunchSpec(
+            name=self._name(group),
+            label=f"matmul {_types(weights)}",
+            source=self.sources.matmul_ring(
+                weights, shape, norm=group.norm, gated=group.gated is not None, activation=group.activation
+            ),
+            entry="matmul_ring",
+            block=32 * shape.warps,
+            shared_symbol="shared_bytes",
+            grid=lambda rows, _: (shape.grid(rows, self.sm_count), 1, 1),
+            args=args,
+            outputs=group.outputs if whole else (),
+        )
+        if whole or leaves:
+            return [products]
+        return [products, self._finish(group, _whole(group), shape.slices, scaled=False, ends=True)]
 
     # tensor cores -----------------------------------------------------------------------------------------------
 
-    def _input(self, group: LinearGroup, pass_rows: int, joined: tuple[LinearGroup, int] | None) -> LaunchSpec:
-        """The group's input as halves: rows in order where `pass_rows` is 0, else laid out for ``ops/matmul.cu``.
-
-        `joined` is a group whose products, of so many slices, are finished on the way.
-        """
+    def _input(self, group: LinearGroup, pass_rows: int, joined: _Joined | None) -> LaunchSpec:
+        """The group's input as halves: rows in order where `pass_rows` is 0, else laid out for ``ops/matmul.cu``."""
         columns = group.source.width
 
         def args(at: Addresses, rows: int) -> tuple[Any, ...]:
-            filled = _InputArgs(
+            filled = InputArgs(
                 x=self._buffer(at, group.source),
                 out=at.matmul + self.scratch.inputs,
                 scales=at.matmul + self.scratch.scales,
@@ -208,23 +222,31 @@ class LinearLowering:
                 filled.norm_bias = at.weights[group.norm.bias] if group.norm.bias is not None else 0
                 filled.norm_eps = group.norm.eps
             if joined is not None:
-                filled.products = self._finish_args(joined[0], _whole(joined[0]), joined[1], at, rows)
+                filled.products = self._finish_args(
+                    joined.group, _whole(joined.group), joined.slices, at, rows, scaled=joined.scaled
+                )
             return (filled,)
 
         return LaunchSpec(
             name=self._name(group),
             label="matmul input" if joined is None else "matmul finish, input",
-            source=self.sources.matmul_input(columns, group.norm, pass_rows, joined[0] if joined else None),
+            source=self.sources.matmul_input(columns, group.norm, pass_rows, joined.group if joined else None),
             entry="matmul_input",
             block=input_threads(columns),
             grid=lambda rows, _: (-(-rows // pass_rows) * pass_rows if pass_rows else rows, 1, 1),
             args=args,
-            outputs=joined[0].outputs if joined is not None else (),
+            outputs=joined.group.outputs if joined is not None else (),
         )
 
     def _slices(self, group: LinearGroup, tile: MatmulTile) -> Slices:
         outputs = [linear.weight.rows for linear in group.linears]
         return slices_of(group.source.width, units_of(outputs, tile), tile, self.sm_count)
+
+    def _joined(self, group: LinearGroup, path: RowPath) -> _Joined:
+        ring = self._ring_shape(group, path)
+        if ring is not None:
+            return _Joined(group=group, slices=ring.slices, scaled=False)
+        return _Joined(group=group, slices=self._slices(group, path.tile).count)
 
     def _matmul(self, group: LinearGroup, path: RowPath, joined: LinearGroup | None, *, leaves: bool) -> list[Spec]:
         weights, tile = self._weights(group), path.tile
@@ -232,7 +254,7 @@ class LinearLowering:
         slices = self._slices(group, tile)
 
         def args(at: Addresses, rows: int) -> tuple[Any, ...]:
-            filled = _MatmulArgs(
+            filled = MatmulArgs(
                 x=at.matmul + self.scratch.inputs, products=at.matmul + self.scratch.products, rows=rows
             )
             for i, linear in enumerate(group.linears):
@@ -253,13 +275,13 @@ class LinearLowering:
             ),
             args=args,
         )
-        first = self._input(group, tile.rows, (joined, self._slices(joined, tile).count) if joined else None)
+        first = self._input(group, tile.rows, self._joined(joined, path) if joined else None)
         last = [] if leaves else [self._finish(group, _whole(group), slices.count, ends=True)]
         return [first, matmul, *last]
 
     def _gemm(self, group: LinearGroup, joined: LinearGroup | None, *, leaves: bool) -> list[Spec]:
         columns = group.source.width
-        specs: list[Spec] = [self._input(group, 0, (joined, 1) if joined else None)]
+        specs: list[Spec] = [self._input(group, 0, _Joined(group=joined, slices=1) if joined else None)]
         lots = list(pieces_of(group))
         for lot in lots:
             place = 0
@@ -304,7 +326,9 @@ class LinearLowering:
             ),
         )
 
-    def _finish(self, group: LinearGroup, lot: Sequence[Piece], slices: int, *, ends: bool) -> LaunchSpec:
+    def _finish(
+        self, group: LinearGroup, lot: Sequence[Piece], slices: int, *, ends: bool, scaled: bool = True
+    ) -> LaunchSpec:
         """What follows the products of a lot of outputs; `ends` where it is the last of the group."""
         width = sum(piece.rows for piece in lot)
         results = lot[0].rows if group.gated is not None else width
@@ -316,16 +340,16 @@ class LinearLowering:
             entry="matmul_finish",
             block=256,
             grid=lambda rows, _: (-(-results // (256 * vector)), rows, 1),
-            args=lambda at, rows: (self._finish_args(group, lot, slices, at, rows),),
+            args=lambda at, rows: (self._finish_args(group, lot, slices, at, rows, scaled=scaled),),
             outputs=group.outputs if ends else (),
         )
 
     def _finish_args(
-        self, group: LinearGroup, lot: Sequence[Piece], slices: int, at: Addresses, rows: int
-    ) -> _FinishArgs:
-        filled = _FinishArgs(
+        self, group: LinearGroup, lot: Sequence[Piece], slices: int, at: Addresses, rows: int, *, scaled: bool = True
+    ) -> FinishArgs:
+        filled = FinishArgs(
             products=at.matmul + self.scratch.products,
-            scales=at.matmul + self.scratch.scales,
+            scales=at.matmul + self.scratch.scales if scaled else 0,
             slices=slices,
             rows=rows,
             width=sum(piece.rows for piece in lot),

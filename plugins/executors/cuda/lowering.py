@@ -17,6 +17,7 @@ from mortice.core.model import operators as op
 from mortice.core.model.operators import Buffer, Operator, WeightRef
 from mortice.core.model.weight_plan import WeightPlan
 from mortice.plugins.executors.cuda.attend import attend
+from mortice.plugins.executors.cuda.attend_rows import rows_kernel
 from mortice.plugins.executors.cuda.attend_runs import attend_runs
 from mortice.plugins.executors.cuda.cublas import WORKSPACE_BYTES
 from mortice.plugins.executors.cuda.fusion import Group, LinearGroup, PlaceGroup, SingleGroup
@@ -36,6 +37,7 @@ from mortice.plugins.executors.cuda.placing import (
     attention_splits,
     linear_groups,
     place_program,
+    row_splits,
 )
 from mortice.plugins.executors.cuda.sources import KernelSources
 from mortice.plugins.executors.cuda.workspace import Workspace
@@ -153,7 +155,7 @@ class Lowering:
             place = self._places.get(group.operator)
             if place is not None:
                 splits = min(self.splits, max(1, self.sm_count // place.write.num_kv_heads))
-                return [attend(place, self.sources, self.kv_type, splits, self._buffer)]
+                return [attend(place, self.sources, self.kv_type, splits, self.sm_count, self._buffer)]
         if isinstance(group, PlaceGroup):
             specs: list[Spec] = [self._place(group)]
         elif isinstance(group.operator, op.Attention):
@@ -340,7 +342,9 @@ class Lowering:
 
     def _attend_rows(self, o: op.Attention, run_tile: int) -> LaunchSpec:
         def splits(rows: int) -> int:
-            return max(1, self.splits // rows) if rows <= PARTIAL_ROWS else 1
+            return row_splits(o, kernel.warps, rows, self.sm_count)
+
+        kernel = rows_kernel(o, self.kv_type)
 
         def args(at: Addresses, rows: int) -> tuple[Any, ...]:
             keys, values = self._caches(o, at)
@@ -362,9 +366,9 @@ class Lowering:
         return LaunchSpec(
             name=o.name,
             label=o.kind,
-            source=self.sources.attention(o, self.kv_type, self.splits, run_tile),
-            entry="attention",
-            block=128,
+            source=self.sources.attention(o, self.kv_type, run_tile),
+            entry=kernel.name,
+            block=32 * kernel.warps,
             grid=lambda rows, _: (splits(rows), o.num_kv_heads, rows),
             args=args,
         )

@@ -1,9 +1,9 @@
 """How linear maps of many rows are cut up: rows a pass, slices of columns, pieces of weights, and memory for them.
 
 Three ways to multiply, by the rows of a step (`RowPath`): ``ops/gemv.cu`` for one row, and wherever float32 must be
-exact; ``ops/matmul.cu``, which expands weights in registers for tensor cores, for some; a weight expanded to halves in
-a bounded scratch and cuBLAS for many. Nothing here depends on the types of weights, so `fit` can ask before any is
-read.
+exact; kernels that expand weights in registers for tensor cores, for some: ``ops/matmul_ring.cu`` where card and shapes
+allow (`ring_shape`), else ``ops/matmul.cu``; a weight expanded to halves in a bounded scratch and cuBLAS for many. How
+much memory that takes does not depend on the types of weights, so `fit` can ask before any is read.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ __all__ = [
     "GEMM_FROM_ROWS",
     "GEMV_PASS",
     "JOIN_COLUMNS",
+    "LEAST_SLICE",
     "MATMUL_TILES",
     "AttentionTile",
     "MatmulScratch",
@@ -59,6 +60,9 @@ _MATMUL_ROWS = 256
 _SHARED_BYTES = 96 << 10
 """Of a block's input; all cards from compute capability 8.0 on have this much (CUDA C++ Programming Guide)."""
 
+LEAST_SLICE = 1024
+"""Columns of a tile, where rows are several tiles long."""
+
 _GOOD_ENOUGH = 0.9
 """Of the card's warps with something to do; cutting further costs more than it gives."""
 
@@ -83,6 +87,7 @@ class MatmulTile:
 
 MATMUL_TILES = (
     MatmulTile(rows=8, height=1, threads=512),
+    MatmulTile(rows=16, height=1, threads=512),
     MatmulTile(rows=32, height=1, threads=512),
     MatmulTile(rows=64, height=2, threads=256),
 )
@@ -292,7 +297,8 @@ def matmul_scratch(
             passes = -(-served // tile.rows)
             slices = slices_of(columns, units_of(outputs, tile), tile, sm_count)
             inputs = max(inputs, 2 * passes * tile.rows * -(-columns // STEP) * STEP)
-            products = max(products, 4 * slices.count * served * sum(outputs))
+            most_slices = max(slices.count, columns // LEAST_SLICE)  # of either kernel
+            products = max(products, 4 * most_slices * served * sum(outputs))
         if by_gemm:
             inputs = max(inputs, 2 * rows * columns)
             largest = max(sum(piece.rows for piece in lot) for lot in pieces_of(group))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from mortice.core.model import operators as op
 from mortice.core.model.operators import Buffer
 from mortice.core.model.program import Program
+from mortice.plugins.executors.cuda.attend_rows import LEAST_WARPS
 from mortice.plugins.executors.cuda.cublas import WORKSPACE_BYTES
 from mortice.plugins.executors.cuda.fusion import Group, LinearGroup, PlaceGroup, fuse
 from mortice.plugins.executors.cuda.matmul import GEMV_PASS, matmul_scratch, row_paths
@@ -19,14 +21,23 @@ __all__ = [
     "linear_groups",
     "matmul_bytes",
     "place_program",
+    "row_splits",
     "scratch_bytes",
 ]
 
 LOGIT_ROWS = 32
 """Rows the head runs over at once; the logits of more are taken in several runs."""
 
-PARTIAL_ROWS = 8
-"""Rows whose attention may be split along the context; steps of more rows fill the card without."""
+PARTIAL_ROWS = 32
+"""Rows whose attention may be split along the context, each by itself; more fill the card without."""
+
+_MOST_SPLITS = 64
+
+_ATTENTION_WARPS = 16
+"""Of a multiprocessor, that contexts are split for: measured, see docs/design/prefill-performance.md."""
+
+_PROGRAMS_KEPT = 4
+"""Programs whose places are remembered: whether a context fits is asked for many contexts of one program."""
 
 
 def place_program(program: Program, rows: int) -> tuple[list[Group], Workspace]:
@@ -35,7 +46,18 @@ def place_program(program: Program, rows: int) -> tuple[list[Group], Workspace]:
     What the head writes has room for `LOGIT_ROWS` only: the logits of a whole prompt would dwarf everything else. So it
     may run several times, and what it reads of the body stays until the end.
     """
-    groups = fuse(program.operators, program.logits)
+    groups, workspace = _placed(program, rows)
+    return list(groups), workspace
+
+
+@lru_cache(maxsize=_PROGRAMS_KEPT)
+def _fused(program: Program) -> tuple[Group, ...]:
+    return tuple(fuse(program.operators, program.logits))
+
+
+@lru_cache(maxsize=_PROGRAMS_KEPT)
+def _placed(program: Program, rows: int) -> tuple[tuple[Group, ...], Workspace]:
+    groups = _fused(program)
     uses: list[tuple[Sequence[Buffer], Sequence[Buffer]]] = []
     few: set[Buffer] = set()
     kept: dict[Buffer, None] = {program.logits: None}  # ordered, so that places are the same in every run
@@ -67,17 +89,30 @@ def linear_groups(groups: Sequence[Group], rows: int) -> list[tuple[LinearGroup,
     return found
 
 
+@lru_cache(maxsize=_PROGRAMS_KEPT)
 def matmul_bytes(program: Program, sm_count: int, rows: int, *, exact: bool, cublas: bool) -> int:
     """Bytes that products of up to `rows` rows work in."""
-    groups = linear_groups(fuse(program.operators, program.logits), rows)
+    groups = linear_groups(_fused(program), rows)
     paths = row_paths(rows, exact=exact, cublas=cublas)
     return matmul_scratch(groups, paths, sm_count, WORKSPACE_BYTES).nbytes
 
 
 def attention_splits(program: Program, sm_count: int) -> int:
-    """Parts the context of one row is attended in at most: enough to give every multiprocessor two blocks."""
+    """Parts the context of one row is attended in at most."""
+    return min(_MOST_SPLITS, _attention_parts(program, sm_count))
+
+
+def row_splits(attention: op.Attention, warps: int, rows: int, sm_count: int) -> int:
+    """Parts the context of each of so many rows is attended in, with so many warps a block."""
+    if rows > PARTIAL_ROWS:
+        return 1
+    return max(1, min(_MOST_SPLITS, _ATTENTION_WARPS * sm_count // (warps * attention.num_kv_heads * rows)))
+
+
+def _attention_parts(program: Program, sm_count: int) -> int:
+    """Parts that the contexts of all rows of a step are attended in at most, of each KV head: those of split ones."""
     kv_heads = min(shape.num_kv_heads for shape in program.kv)
-    return max(1, min(64, -(-2 * sm_count // kv_heads)))
+    return max(1, -(-_ATTENTION_WARPS * sm_count // (LEAST_WARPS * kv_heads)))
 
 
 def scratch_bytes(program: Program, sm_count: int, rows: int) -> tuple[int, int]:
@@ -85,4 +120,4 @@ def scratch_bytes(program: Program, sm_count: int, rows: int) -> tuple[int, int]
     attentions = [o for o in program.operators if isinstance(o, op.Attention)]
     widest = max((o.num_heads * (o.head_dim + 2) for o in attentions), default=1)
     heads = max((o.num_kv_heads for o in attentions), default=1)
-    return 4 * PARTIAL_ROWS * attention_splits(program, sm_count) * widest, 4 * rows * heads
+    return 4 * _attention_parts(program, sm_count) * widest, 4 * rows * heads

@@ -9,15 +9,17 @@ from attrs import field, frozen
 
 from mortice.core.model.operators import Attention, Norm
 from mortice.core.model.weight_plan import PlannedWeight
-from mortice.plugins.executors.cuda.choosing import choice_blocks, choice_defines
+from mortice.plugins.executors.cuda.attend_rows import rows_kernel
+from mortice.plugins.executors.cuda.choosing import choice_defines
 from mortice.plugins.executors.cuda.flatten import flatten
 from mortice.plugins.executors.cuda.fusion import LinearGroup, PlaceGroup
 from mortice.plugins.executors.cuda.gemv import GemvShape
 from mortice.plugins.executors.cuda.layouts import tile_geometry
 from mortice.plugins.executors.cuda.matmul import AttentionTile, MatmulTile, Slices, input_threads
+from mortice.plugins.executors.cuda.matmul_ring import RingShape
 from mortice.plugins.executors.cuda.nvrtc import Source
 
-__all__ = ["ACTIVATIONS", "KV_NAMES", "KernelSources"]
+__all__ = ["ACTIVATIONS", "KV_NAMES", "KernelSources", "ring_defines"]
 
 OPS = Path(__file__).parent / "ops"
 
@@ -29,8 +31,8 @@ ACTIVATIONS: Mapping[str | None, str] = {
     "relu": "kRelu",
     "relu_squared": "kReluSquared",
 }
-_RUN_GROUPS = 4
-"""Groups of positions worth a block of their own: with 12, tokens at some hundred positions took longer."""
+_RUN_PAGES = 1
+"""Pages of the KV cache worth a block of their own: joining blocks costs about what reading two pages does."""
 _NORMS = {None: "kNoNorm", "rms": "kRmsNorm", "layer": "kLayerNorm"}
 KV_NAMES: Mapping[str, str] = {"f16": "__half", "f32": "float", "q8_0": "Q8"}
 """The C++ types of `mortice.core.model.kv_types.KV_TYPES`, see ``ops/kv_cache.cuh``."""
@@ -105,6 +107,20 @@ class KernelSources:
         }
         return self._source("matmul.cu", defines, [weight.tensor.qtype.name for weight in weights])
 
+    def matmul_ring(
+        self,
+        weights: Sequence[PlannedWeight],
+        shape: RingShape,
+        *,
+        norm: Norm | None,
+        gated: bool,
+        activation: str | None,
+    ) -> Source:
+        """See ``ops/matmul_ring.cu``."""
+        defines = ring_defines(shape, norm, gated=gated, activation=activation)
+        defines |= {"COLS": weights[0].columns, "SEGMENTS": _segments(weights)}
+        return self._source("matmul_ring.cu", defines, [weight.tensor.qtype.name for weight in weights])
+
     def matmul_finish(self, group: LinearGroup, vector: int) -> Source:
         """See ``ops/matmul_finish.cu``."""
         defines: dict[str, str | int] = {
@@ -139,20 +155,24 @@ class KernelSources:
         }
         return self._source("attention_prefill.cu", defines)
 
-    def attention(self, attention: Attention, kv_type: str, splits: int, run_tile: int = 0) -> Source:
-        """See ``ops/attention.cu``; with a `run_tile`, of rows that ``ops/attention_prefill.cu`` leaves out."""
+    def attention(self, attention: Attention, kv_type: str, run_tile: int = 0) -> Source:
+        """See ``ops/attention_rows.cu``, and ``ops/attention.cu`` for what that does not take.
+
+        With a `run_tile`, of rows that ``ops/attention_prefill.cu`` leaves out.
+        """
+        kernel = rows_kernel(attention, kv_type)
         defines: dict[str, str | int] = {
             "HEAD_DIM": attention.head_dim,
             "GROUP": attention.num_heads // attention.num_kv_heads,
             "KV": KV_NAMES[kv_type],
-            "SPLITS": splits,
+            "WARPS": kernel.warps,
             "RUN_TILE": run_tile,
             "SOFTCAP": int(attention.softcap > 0),
             "WINDOWED": int(attention.window > 0),
         }
-        return self._source("attention.cu", defines)
+        return self._source(f"{kernel.name}.cu", defines)
 
-    def attend(self, place: PlaceGroup, kv_type: str, splits: int) -> Source:
+    def attend(self, place: PlaceGroup, kv_type: str, splits: int, threads: int) -> Source:
         """See ``ops/attend.cu``."""
         attention = place.attention
         defines: dict[str, str | int] = {
@@ -160,7 +180,8 @@ class KernelSources:
             "SPLITS": splits,
             "SOFTCAP": int(attention.softcap > 0),
             "WINDOWED": int(attention.window > 0),
-            "RUN_GROUPS": _RUN_GROUPS,
+            "THREADS": threads,
+            "RUN_PAGES": _RUN_PAGES,
         }
         return self._source("attend.cu", {**_placing(place, kv_type), **defines})
 
@@ -180,9 +201,9 @@ class KernelSources:
         """See ``ops/read.cu``."""
         return self._source("read.cu", {})
 
-    def choose(self, vocab_size: int, sm_count: int) -> Source:
+    def choose(self, vocab_size: int) -> Source:
         """See ``ops/choose.cu``."""
-        return self._source("choose.cu", choice_defines(vocab_size, choice_blocks(sm_count)))
+        return self._source("choose.cu", choice_defines(vocab_size))
 
     def _source(self, file: str, defines: Mapping[str, str | int], qtypes: Sequence[str] = ()) -> Source:
         names = tuple(sorted(set(qtypes)))
@@ -191,6 +212,19 @@ class KernelSources:
             text = flatten(OPS / file, [OPS], before=[self.traits[name] for name in names])
             self._texts[file, *names] = text
         return Source(name=file.removesuffix(".cu"), text=text, defines=defines)
+
+
+def ring_defines(shape: RingShape, norm: Norm | None, *, gated: bool, activation: str | None) -> dict[str, str | int]:
+    """The constants of ``ops/matmul_ring.cu`` but for what depends on the weights."""
+    return {
+        "PASS": shape.rows,
+        "WARPS": shape.warps,
+        "STEPS": shape.steps,
+        "SLOTS": shape.slots,
+        "NORM": _NORMS[norm.type if norm is not None else None],
+        "GATED": int(gated),
+        "ACTIVATION": ACTIVATIONS[activation],
+    }
 
 
 def _segments(weights: Sequence[PlannedWeight]) -> str:

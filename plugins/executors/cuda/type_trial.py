@@ -68,12 +68,12 @@ def kernel_text(type_: QuantizationType, *names: str) -> str:
 
 
 def compile_type(type_: QuantizationType, arch: str) -> list[str]:
-    """See `TriesTypes.compile_type`: repacking, expansion and every function of the header."""
+    """See `TriesTypes.compile_type`: repacking, both expansions and every function of the header."""
     rows, columns = trial_shapes(type_)[0]
-    text = kernel_text(type_, "repack.cu", "dequantise.cu", "probe.cu")
+    text = kernel_text(type_, "repack.cu", "dequantise.cu", "embed.cu", "probe.cu")
     macros = trial_defines(type_, rows, columns) | {"OUT": "__half"}
     compiled = compile_cubin(Source(name=f"{type_.qtype.name}.cu", text=text, defines=macros), arch)
-    missing = sorted({"repack", "dequantise", "probe"} - set(compiled.functions))
+    missing = sorted({"repack", "dequantise", "embed", "probe"} - set(compiled.functions))
     return [f"{name}: is not in the cubin" for name in missing] + [*compiled.spills, *compiled.warnings]
 
 

@@ -43,22 +43,18 @@ def place_buffers(
             assert buffer in born, f"{buffer.name} is read before it is written"
             dies[buffer] = place
     dies.update(dict.fromkeys(keep, len(uses)))
-    placed: list[tuple[int, int, Buffer]] = []  # (offset, end, buffer)
+    placed: list[tuple[int, int, int, int]] = []  # offset, end, born, dies
+    offsets: dict[Buffer, int] = {}
     # the largest first: the small ones then fill the gaps
     for buffer in sorted(born, key=lambda item: (-item.width * rows(item), born[item])):
         size = -(-4 * buffer.width * rows(buffer) // _ALIGNMENT) * _ALIGNMENT
-        taken = sorted(
-            (offset, end)
-            for offset, end, other in placed
-            if born[other] <= dies[buffer] and born[buffer] <= dies[other]
-        )
+        first, last = born[buffer], dies[buffer]
+        taken = sorted((start, end) for start, end, since, until in placed if since <= last and first <= until)
         offset = 0
         for start, end in taken:
             if offset + size <= start:
                 break
             offset = max(offset, end)
-        placed.append((offset, offset + size, buffer))
-    return Workspace(
-        offsets={buffer: offset for offset, _, buffer in placed},
-        nbytes=max((end for _, end, _ in placed), default=0),
-    )
+        placed.append((offset, offset + size, first, last))
+        offsets[buffer] = offset
+    return Workspace(offsets=offsets, nbytes=max((end for _, end, _, _ in placed), default=0))

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from mortice.core.model.kv_types import KV_TYPES, kv_cache_bytes
 from mortice.core.model.program import KvShape
+from mortice.core.plugin.kv_pages import PAGE_TOKENS
 from mortice.plugins.executors.cuda.flatten import flatten
-from mortice.plugins.executors.cuda.kv_pool import PAGE_TOKENS, page_bytes
+from mortice.plugins.executors.cuda.kv_pool import page_bytes
 from mortice.plugins.executors.cuda.launches import StepRows
 from mortice.plugins.executors.cuda.lowering import _AttentionArgs, _PlaceArgs
 from mortice.plugins.executors.cuda.sources import KV_NAMES, OPS
@@ -234,7 +235,7 @@ def test_attention_over_the_cache_equals_the_reference(kv_type: str, head_dim: i
         window=options["window"],
         splits=SPLITS,
     )
-    shape = {"HEAD_DIM": head_dim, "GROUP": group, "SPLITS": SPLITS}
+    shape = {"HEAD_DIM": head_dim, "GROUP": group, "WARPS": 4}
     shape |= {"SOFTCAP": int(options["cap"] > 0), "WINDOWED": int(options["window"] > 0)}
     (tmp_path / "attention").mkdir()
     library = compiled(tmp_path / "attention", "attention", kv_type, **shape)

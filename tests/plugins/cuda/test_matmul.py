@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -31,7 +32,8 @@ from mortice.plugins.executors.cuda.matmul import (
     rows_at_once,
     slices_of,
 )
-from mortice.plugins.executors.cuda.placing import LOGIT_ROWS, matmul_bytes
+from mortice.plugins.executors.cuda.matmul_ring import RING_ROWS
+from mortice.plugins.executors.cuda.placing import LOGIT_ROWS, PARTIAL_ROWS, matmul_bytes
 from mortice.plugins.executors.cuda.sources import KernelSources
 from tests.plugins.qtypes.blocks import TYPES
 from tests.support.tiny import CONTRACTS, QTYPES, REGISTRY
@@ -41,8 +43,10 @@ CARD = DeviceInfo(kind="cuda", name="a GPU", total_bytes=1, free_bytes=1)
 SIZES = {"hidden_size": 512, "ffn_size": 1792, "num_heads": 8, "num_kv_heads": 2}
 
 
-def lowering(folder: Path, qtypes: str = "Q8_0", **options: Any) -> Lowering:
-    path = write_tiny_model(folder / "model.gguf", CONTRACTS["llama"], qtypes=qtypes, sizes=SIZES)
+def lowering(
+    folder: Path, qtypes: str = "Q8_0", sizes: Mapping[str, int] = MappingProxyType({}), **options: Any
+) -> Lowering:
+    path = write_tiny_model(folder / "model.gguf", CONTRACTS["llama"], qtypes=qtypes, sizes={**SIZES, **sizes})
     executor = CudaExecutor()
     with open_file(REGISTRY, path) as file:
         model = validate_opened(REGISTRY, file, None).model()
@@ -74,7 +78,8 @@ def addresses(of: Lowering) -> Addresses:
         (1, "gemv", 1),
         (2, "matmul", 8),
         (8, "matmul", 8),
-        (9, "matmul", 32),
+        (9, "matmul", 16),
+        (17, "matmul", 32),
         (33, "matmul", 64),
         (GEMM_FROM_ROWS - 1, "matmul", 64),
         (GEMM_FROM_ROWS, "gemm", 8),
@@ -97,7 +102,7 @@ def test_float32_activations_stay_float32(rows: int) -> None:
 
 def test_only_ways_that_steps_can_go_are_built() -> None:
     assert [path.rows for path in row_paths(1, exact=False, cublas=True)] == [1]
-    assert [path.rows for path in row_paths(20, exact=False, cublas=True)] == [1, 8, 32]
+    assert [path.rows for path in row_paths(20, exact=False, cublas=True)] == [1, 8, 16, 32]
 
 
 @pytest.mark.parametrize("columns", [32, 96, 128, 576, 4096, 14336, 100_000])
@@ -130,9 +135,10 @@ def test_every_output_is_in_one_piece(tmp_path: Path, monkeypatch: pytest.Monkey
             assert all((lot[0].start, lot[0].stop) == (lot[1].start, lot[1].stop) for lot in lots)
 
 
+@pytest.mark.parametrize("rings", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 8, 9, 33, GEMM_FROM_ROWS - 1, GEMM_FROM_ROWS, ROWS])
-def test_what_products_work_in_is_inside_its_memory(tmp_path: Path, rows: int) -> None:
-    of = lowering(tmp_path)
+def test_what_products_work_in_is_inside_its_memory(tmp_path: Path, rows: int, rings: bool) -> None:
+    of = lowering(tmp_path, bulk_copies=rings, sizes={"ffn_size": 8192} if rings else {})
     at, scratch = addresses(of), of.scratch
     body, head = of.launches(of.path(rows))
     ends = dict(zip(("inputs", "scales", "products", "weights", "blas"), _ends(scratch), strict=True))
@@ -142,7 +148,9 @@ def test_what_products_work_in_is_inside_its_memory(tmp_path: Path, rows: int) -
             seen.add(name)
             assert getattr(scratch, name) <= start - at.matmul
             assert start - at.matmul + nbytes <= ends[name], (spec.name, spec.label, name)
-    wanted = {"gemv": set(), "matmul": {"inputs", "scales", "products"}}
+    wanted: dict[str, set[str]] = {"gemv": set(), "matmul": {"inputs", "scales", "products"}}
+    if rings and rows <= RING_ROWS:
+        wanted["matmul"] = {"products"}  # of rows that are two tiles long
     assert seen == wanted.get(of.path(rows).kind, {"inputs", "scales", "products", "weights"})
 
 
@@ -171,6 +179,10 @@ def _worked_in(spec: LaunchSpec | GemmSpec, at: Addresses, rows: int) -> list[tu
         read = 2 * grid[1] * int(constants["PASS"]) * -(-columns // STEP) * STEP
         written = 4 * int(constants["SLICES"]) * rows * width
         return [("inputs", args[0].x, read), ("products", args[0].products, written)]
+    if spec.entry == "matmul_ring":
+        tiles = str(constants["SEGMENTS"]).replace("Segment<", "").replace(">", "").split(",")
+        slices = columns // int(tiles[2])
+        return [("products", args[0].products, 4 * slices * rows * sum(map(int, tiles[3::4])))] if slices > 1 else []
     if spec.entry == "matmul_finish":
         return _finished(args[0], rows)
     if spec.entry == "dequantise":
@@ -181,7 +193,8 @@ def _worked_in(spec: LaunchSpec | GemmSpec, at: Addresses, rows: int) -> list[tu
 
 def _finished(args: Any, rows: int) -> list[tuple[str, int, int]]:
     assert sum(part.columns for part in args.parts) == args.width
-    return [("products", args.products, 4 * args.slices * rows * args.width), ("scales", args.scales, 4 * rows)]
+    scales = [("scales", args.scales, 4 * rows)] if args.scales else []
+    return [("products", args.products, 4 * args.slices * rows * args.width), *scales]
 
 
 def test_fit_is_told_the_memory_that_is_taken(tmp_path: Path) -> None:
@@ -242,5 +255,5 @@ def test_runs_of_rows_attend_together_unless_the_cache_is_exact(tmp_path: Path, 
     of = lowering(tmp_path, kv_type=kv_type)
     for path in of.paths:
         together = [spec for spec in of.launches(path)[0] if spec.label == "attention of runs"]
-        expected = kv_type != "f32" and (path.kind == "gemm" or path.rows > 8)
+        expected = kv_type != "f32" and (path.kind == "gemm" or path.rows > PARTIAL_ROWS)
         assert bool(together) == expected, path

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from mortice.core.model import operators as op
-from mortice.core.model.operators import Buffer
+from mortice.core.model.operators import Buffer, Operator
 from mortice.core.model.program import Program, build_program
 from mortice.core.model.validation import validate
-from mortice.plugins.executors.cuda.placing import LOGIT_ROWS, place_program
+from mortice.plugins.executors.cuda import placing
+from mortice.plugins.executors.cuda.fusion import Group, fuse
+from mortice.plugins.executors.cuda.placing import LOGIT_ROWS, matmul_bytes, place_program
 from tests.support.in_memory import model_file
 from tests.unit.model.test_families import CASES, build
 
@@ -38,3 +42,25 @@ def test_the_head_can_run_again_over_what_the_body_left(name: str) -> None:
         for buffer in written & workspace.offsets.keys():
             there, here = place(source, ROWS), place(buffer, LOGIT_ROWS)
             assert here.stop <= there.start or there.stop <= here.start, f"{buffer.name} lies in {source.name}"
+
+
+def test_a_program_is_fused_once_however_often_its_bytes_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused: list[int] = []
+
+    def counted(operators: Sequence[Operator], logits: Buffer) -> list[Group]:
+        fused.append(len(operators))
+        return fuse(operators, logits)
+
+    monkeypatch.setattr(placing, "fuse", counted)
+    program = program_of("llama")
+    for _ in range(3):
+        place_program(program, ROWS)
+        matmul_bytes(program, 132, ROWS, exact=False, cublas=True)
+    assert fused == [len(program.operators)]
+
+
+def test_whoever_changes_the_groups_changes_only_their_own() -> None:
+    program = program_of("llama")
+    groups, _ = place_program(program, ROWS)
+    groups.clear()
+    assert place_program(program, ROWS)[0]

@@ -2,64 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mortice.core.testing.random_rows import random_rows
-from mortice.plugins.executors.cuda.attend_runs import RunsArgs
-from mortice.plugins.executors.cuda.flatten import flatten
-from mortice.plugins.executors.cuda.launches import StepRows
 from mortice.plugins.executors.cuda.layouts import tile_geometry
-from mortice.plugins.executors.cuda.linear import _FinishArgs, _InputArgs, _MatmulArgs
-from mortice.plugins.executors.cuda.lowering import _AttentionArgs
-from mortice.plugins.executors.cuda.matmul import attention_tile
-from mortice.plugins.executors.cuda.sources import OPS
+from mortice.plugins.executors.cuda.linear_args import FinishArgs, InputArgs, MatmulArgs
 from tests.plugins.qtypes.blocks import NAMES, TYPES, stored
-from tests.support.cuda_on_cpu import TENSOR, compile_for_cpu, for_tensor_cores, needs_cpu_compiler
+from tests.support.cuda_on_cpu import needs_cpu_compiler
+from tests.support.tensor_kernels import Array, Wide, compiled, inputs, run, tame
 
 pytestmark = needs_cpu_compiler
-
-Array = NDArray[np.float32]
-Wide = NDArray[np.float64]
-
-RUN = """
-extern "C" void run(const {args}* args, unsigned x, unsigned y, unsigned z, int threads) {{
-    launch({{x, y, z}}, threads, [=] {{ {kernel}(*args); }});
-}}"""
-
-
-def compiled(folder: Path, kernel: str, args: str, constants: dict[str, str | int], types: Sequence[str] = ()) -> Any:
-    """A kernel as a function; its own header of tensor cores and its dynamic shared memory are stood in for."""
-    traits = [path for name in types if (path := TYPES[name].traits) is not None]
-    text = flatten(OPS / f"{kernel}.cu", [OPS], before=traits)
-    folder.mkdir(exist_ok=True)
-    return compile_for_cpu(folder, for_tensor_cores(text) + RUN.format(args=args, kernel=kernel), constants, TENSOR)
-
-
-def run(library: Any, args: ctypes.Structure, grid: tuple[int, int, int], threads: int) -> None:
-    library.run(ctypes.byref(args), *map(ctypes.c_uint, grid), threads)
-
-
-def inputs(rng: np.random.Generator, rows: int, columns: int) -> Array:
-    """Rows of very different sizes: halves alone would overflow and underflow."""
-    sizes = 10.0 ** rng.integers(-6, 8, (rows, 1))
-    return (rng.standard_normal((rows, columns)) * sizes).astype(np.float32)
-
-
-def tame(name: str, rows: int, columns: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Random rows of a type, of blocks whose values a half can hold."""
-    type_ = TYPES[name]
-    piece = max(32, type_.qtype.block_elements)
-    pool = random_rows(type_, 2000, piece, rng)
-    pool = pool[np.abs(type_.dequantize(pool)).max(axis=1) < 60000]
-    chosen: NDArray[np.uint8] = pool[rng.integers(0, len(pool), rows * columns // piece)]
-    return chosen.reshape(rows, -1)
 
 
 def laid_out(x: Array, passed: int) -> NDArray[np.float16]:
@@ -81,7 +37,7 @@ def test_input_is_normed_and_scaled_into_halves(tmp_path: Path, norm: str, passe
     x[4] = 0
     halves = -(-rows // max(passed, 1)) * passed * 384 if passed else rows * columns
     out, scales = np.full(halves, np.nan, np.float16), np.full(rows, np.nan, np.float32)
-    args = _InputArgs(
+    args = InputArgs(
         x=x.ctypes.data,
         norm_weight=weight.ctypes.data,
         norm_bias=bias.ctypes.data if norm == "kLayerNorm" else 0,
@@ -139,7 +95,7 @@ def check_products(
     slices, each = 2, -(-steps // 2)
     total = sum(outputs for _, outputs in maps)
     laid, products = laid_out(x, passed), np.full((slices, rows, total), np.nan, np.float32)
-    args = _MatmulArgs(x=laid.ctypes.data, products=products.ctypes.data, rows=rows)
+    args = MatmulArgs(x=laid.ctypes.data, products=products.ctypes.data, rows=rows)
     segments = []
     for i, ((name, outputs), stored_tiles) in enumerate(zip(maps, tiles, strict=True)):
         args.weights[i] = stored_tiles.ctypes.data
@@ -161,9 +117,9 @@ def check_products(
 
 def finish_args(
     products: Array, scales: Array, parts: Sequence[tuple[int, Array | None, Array | None, Array]]
-) -> _FinishArgs:
+) -> FinishArgs:
     slices, rows, width = products.shape
-    args = _FinishArgs(products=products.ctypes.data, scales=scales.ctypes.data, slices=slices, rows=rows, width=width)
+    args = FinishArgs(products=products.ctypes.data, scales=scales.ctypes.data, slices=slices, rows=rows, width=width)
     for part, (columns, bias, residual, out) in zip(args.parts, parts, strict=False):
         part.columns, part.stride, part.out = columns, out.shape[1], out.ctypes.data
         part.bias = bias.ctypes.data if bias is not None else 0
@@ -202,7 +158,7 @@ def test_products_are_finished_on_the_way_to_the_next_ones(tmp_path: Path, gated
     halves = -(-rows // max(passed, 1)) * passed * 640 if passed else rows * columns
     out = np.full(halves, np.nan, np.float16)
     parts = [(columns, biases[0], None if gated else residual, result), (columns, biases[1], None, result)]
-    args = _InputArgs(
+    args = InputArgs(
         norm_weight=weight.ctypes.data,
         out=out.ctypes.data,
         scales=scales.ctypes.data,
@@ -226,104 +182,3 @@ def test_products_are_finished_on_the_way_to_the_next_ones(tmp_path: Path, gated
     scaled = (normed / scales[:, None]).astype(np.float32)
     expected = laid_out(scaled, passed).reshape(-1) if passed else scaled.astype(np.float16).reshape(-1)
     np.testing.assert_allclose(out.astype(np.float32), expected.astype(np.float32), rtol=3e-3, atol=2e-2)
-
-
-# attention -------------------------------------------------------------------------------------------------------
-
-PAGE = 64
-Runs = Sequence[tuple[int, int]]
-"""For each sequence its tokens before the step, and those of the step."""
-
-
-def attended(q: Array, k: Array, v: Array, positions: NDArray[np.int32], cap: float, window: int) -> Wide:
-    """Causal attention in float64; q (tokens, heads, dim), k and v (length, KV heads, dim)."""
-    group, out = q.shape[1] // k.shape[1], np.empty(q.shape)
-    keys = np.arange(len(k))[None]
-    for head in range(q.shape[1]):
-        scores = q[:, head].astype(np.float64) @ k[:, head // group].T.astype(np.float64) * q.shape[2] ** -0.5
-        scores = cap * np.tanh(scores / cap) if cap else scores
-        hidden = keys > positions[:, None]
-        if window:
-            hidden |= keys <= positions[:, None] - window
-        scores[hidden] = -np.inf
-        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-        out[:, head] = weights / weights.sum(axis=1, keepdims=True) @ v[:, head // group].astype(np.float64)
-    return out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("head_dim", "group", "cap", "window", "runs"),
-    [
-        (64, 2, 0.0, 0, [(0, 70)]),
-        (64, 3, 0.0, 0, [(100, 37), (0, 4), (63, 3), (5, 9), (200, 1)]),
-        (96, 1, 50.0, 0, [(130, 40)]),
-        (64, 5, 0.0, 50, [(120, 33), (20, 2)]),
-        (160, 2, 30.0, 40, [(30, 40)]),
-        (64, 1, 0.0, 0, [(7, 1)] * 3 + [(64, 3), (64, 5)]),
-    ],
-)
-def test_runs_and_single_rows_attend_each_by_their_own_kernel(
-    tmp_path: Path, head_dim: int, group: int, cap: float, window: int, runs: Runs
-) -> None:
-    rng, kv_heads, tile = np.random.default_rng(head_dim), 2, attention_tile(group)
-    count = sum(-(-(past + now) // PAGE) for past, now in runs)
-    order = rng.permutation(count + 2)[:count].tolist()
-    # what no token was written to is no number
-    keys = np.full((count + 2, kv_heads, PAGE, head_dim), np.nan, np.float16)
-    values = keys.copy()
-    pages: list[int] = []
-    tables: list[int] = []
-    queries, positions, wanted = [], [], []
-    for past, now in runs:
-        length = past + now
-        k, v = (rng.standard_normal((length, kv_heads, head_dim)).astype(np.float16) for _ in range(2))
-        q = 3 * rng.standard_normal((now, group * kv_heads, head_dim)).astype(np.float32)
-        at = np.arange(past, length, dtype=np.int32)
-        tables += [len(pages)] * now
-        for start in range(0, length, PAGE):
-            pages.append(order.pop())
-            for cache, tokens in ((keys, k), (values, v)):
-                some = tokens[start : start + PAGE].transpose(1, 0, 2)
-                cache[pages[-1], :, : some.shape[1]] = some
-        queries.append(q)
-        positions.append(at)
-        wanted.append(attended(q, k.astype(np.float32), v.astype(np.float32), at, cap, window))
-    q, at = np.concatenate(queries), np.concatenate(positions)
-    table, page = np.array(tables, np.int32), np.array(pages, np.int32)
-    rows = StepRows(positions=at.ctypes.data, tables=table.ctypes.data, pages=page.ctypes.data)
-    shared = {"q": q.ctypes.data, "keys": keys.ctypes.data, "values": values.ctypes.data, "rows": rows}
-    shared |= {"scale": head_dim**-0.5, "softcap": cap, "window": window}
-    constants: dict[str, str | int] = {"HEAD_DIM": head_dim, "GROUP": group, "KV": "__half", "RUN_TILE": tile.rows}
-    constants |= {"SOFTCAP": int(cap > 0), "WINDOWED": int(window > 0), "KV_HEADS": kv_heads, "HEADS": tile.heads}
-
-    out = np.full(q.shape, np.nan, np.float32)
-    args = RunsArgs(**shared, out=out.ctypes.data, count=len(q))
-    library = compiled(tmp_path / "runs", "attention_prefill", "AttentionArgs", constants)
-    run(library, args, (-(-len(q) // tile.rows), kv_heads * group // tile.heads, 1), tile.threads)
-    together = np.array([bool(np.isfinite(row).all()) for row in out])
-    assert np.isnan(out[~together]).all()
-    assert together.tolist() == in_runs(table, at, tile.rows)
-
-    single = np.full(q.shape, np.nan, np.float32)
-    arrivals = np.zeros((len(q), kv_heads), np.int32)
-    each = _AttentionArgs(**shared, out=single.ctypes.data, arrivals=arrivals.ctypes.data, splits=1)
-    library = compiled(tmp_path / "rows", "attention", "AttentionArgs", constants | {"SPLITS": 1})
-    run(library, each, (1, kv_heads, len(q)), 128)
-    assert np.isnan(single[together]).all(), "no row is attended twice"
-    found, exact = np.where(together[:, None, None], out, single), np.concatenate(wanted)
-    assert np.linalg.norm(found - exact) < 1e-3 * np.linalg.norm(exact)
-
-
-def in_runs(tables: NDArray[np.int32], positions: NDArray[np.int32], tile: int) -> list[bool]:
-    """Which rows have three others of their sequence beside them in their tile."""
-    result = [False] * len(tables)
-    for start in range(0, len(tables), tile):
-        end = min(start + tile, len(tables))
-        first = start
-        for row in range(start + 1, end + 1):
-            if row < end and tables[row] == tables[row - 1] and positions[row] == positions[row - 1] + 1:
-                continue
-            result[first:row] = [row - first >= 4] * (row - first)
-            first = row
-    return result

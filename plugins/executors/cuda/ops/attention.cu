@@ -5,30 +5,15 @@
 // positions at once. Sums are kept in registers with a running maximum (Milakov and Gimelshein 2018), joined over warps
 // in shared memory, and over splits by the block that comes last.
 //
-// Compile-time: HEAD_DIM, GROUP query heads a KV head, KV (the cache's type), SPLITS at most, SOFTCAP and
-// WINDOWED (0 or 1), and RUN_TILE where runs of rows are left to attention_prefill.cu.
-#include "runs.cuh"
+// Compile-time: HEAD_DIM, GROUP query heads a KV head, KV (the cache's type), WARPS of a block, SOFTCAP and WINDOWED (0 or
+// 1), and RUN_TILE where runs of rows are left to attention_prefill.cu. What fits tensor cores goes to attention_rows.cu.
+#include "attention_join.cuh"
 
-constexpr int kWarps = 4;
 constexpr int kPerLane = 8;
 constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }
 constexpr int kLanes = power_of_two_from(HEAD_DIM / kPerLane);  // lanes that share a position; some idle at odd sizes
 constexpr int kAtOnce = kWarp / kLanes;                         // positions a warp reads at once
 static_assert(HEAD_DIM % kPerLane == 0 && kLanes <= kWarp, "a warp holds whole positions");
-
-struct AttentionArgs {
-    const float* q;     // (rows, kv_heads * GROUP, HEAD_DIM)
-    KV* keys;           // the layer's cache, only read
-    KV* values;
-    float* out;         // like q
-    float* partial;     // (rows, kv_heads, SPLITS, GROUP, HEAD_DIM + 2): sums, maximum, total
-    int* arrivals;      // (rows, kv_heads), zero before and after
-    StepRows rows;
-    float scale;
-    float softcap;
-    int window;
-    int splits;
-};
 
 struct Running {
     float top = kLowest, total = 0.f;
@@ -55,8 +40,7 @@ struct Running {
 };
 
 extern "C" __global__ void __launch_bounds__(kWarps* kWarp) attention(const __grid_constant__ AttentionArgs args) {
-    __shared__ float joined[kWarps][GROUP][HEAD_DIM + 2];
-    __shared__ bool is_last;
+    __shared__ WarpSums joined[kWarps];
     const int split = blockIdx.x, head = blockIdx.y, row = blockIdx.z, kv_heads = gridDim.y;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const int part = lane % kLanes, slot = lane / kLanes;
@@ -123,53 +107,5 @@ extern "C" __global__ void __launch_bounds__(kWarps* kWarp) attention(const __gr
             }
         }
     }
-    __syncthreads();
-
-    constexpr int kPartial = GROUP * (HEAD_DIM + 2);
-    float* partial = args.partial + (static_cast<size_t>(row) * kv_heads + head) * SPLITS * kPartial;
-    float* out = args.out + (static_cast<size_t>(row) * kv_heads + head) * GROUP * HEAD_DIM;
-    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += kWarps * kWarp) {
-        const int g = i / HEAD_DIM, d = i % HEAD_DIM;
-        float top = kLowest;
-        for (int w = 0; w < kWarps; ++w) top = fmaxf(top, joined[w][g][HEAD_DIM]);
-        float sum = 0.f, total = 0.f;
-        for (int w = 0; w < kWarps; ++w) {
-            const float other = joined[w][g][HEAD_DIM];
-            const float take = __expf(other - top);
-            sum += joined[w][g][d] * take;
-            total += joined[w][g][HEAD_DIM + 1] * take;
-        }
-        if (used == 1) {
-            out[i] = sum / total;
-        } else {
-            float* mine = partial + split * kPartial + g * (HEAD_DIM + 2);
-            mine[d] = sum;
-            if (d == 0) {
-                mine[HEAD_DIM] = top;
-                mine[HEAD_DIM + 1] = total;
-            }
-        }
-    }
-    if (used == 1) return;
-
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) is_last = atomicAdd(&args.arrivals[row * kv_heads + head], 1) == used - 1;
-    __syncthreads();
-    if (!is_last) return;
-    __threadfence();
-    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += kWarps * kWarp) {
-        const int g = i / HEAD_DIM, d = i % HEAD_DIM;
-        float top = kLowest, sum = 0.f, total = 0.f;
-        for (int s = 0; s < used; ++s) {
-            const float* other = partial + s * kPartial + g * (HEAD_DIM + 2);
-            const float next = fmaxf(top, __ldcg(other + HEAD_DIM));
-            const float keep = __expf(top - next), take = __expf(__ldcg(other + HEAD_DIM) - next);
-            sum = sum * keep + __ldcg(other + d) * take;
-            total = total * keep + __ldcg(other + HEAD_DIM + 1) * take;
-            top = next;
-        }
-        out[i] = sum / total;
-    }
-    if (threadIdx.x == 0) args.arrivals[row * kv_heads + head] = 0;
+    join(args, joined, used);
 }

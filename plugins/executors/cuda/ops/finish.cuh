@@ -18,7 +18,7 @@ struct Part {
 
 struct FinishArgs {
     const float* products;  // (slices, rows, width): the columns of the parts, one after the other
-    const float* scales;    // (rows,)
+    const float* scales;    // (rows,), or null where the products are whole
     int slices;
     int rows;
     int width;
@@ -66,7 +66,7 @@ __device__ __forceinline__ void scaled_sums(const FinishArgs& args, int row, int
             for (int j = 0; j < kCount; ++j) sums[i].v[j] += other.v[j];
         }
     }
-    const float scale = args.scales[row];
+    const float scale = args.scales == nullptr ? 1.f : args.scales[row];
 #pragma unroll
     for (int i = 0; i < kTimes; ++i) {
         if (!share.holds(i)) continue;

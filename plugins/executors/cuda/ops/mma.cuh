@@ -5,7 +5,7 @@
 // `group` at the same k. The sums are row `group`, columns 2 * place and the next, then row `group` + 8.
 #pragma once
 
-#include "common.cuh"
+#include "shared_address.cuh"
 
 __device__ __forceinline__ void mma_m16n8k16(float (&sums)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -16,10 +16,6 @@ __device__ __forceinline__ void mma_m16n8k16(float (&sums)[4], const uint32 (&a)
 __device__ __forceinline__ uint32 half2_word(float low, float high) {
     const __half2 pair = __floats2half2_rn(low, high);
     return *reinterpret_cast<const uint32*>(&pair);
-}
-
-__device__ __forceinline__ uint32 shared_address(const void* p) {
-    return static_cast<uint32>(__cvta_generic_to_shared(p));
 }
 
 // Four 8x8 matrices of halves; lane l gives the address of row l % 8 of matrix l / 8.

@@ -1,0 +1,78 @@
+"""Arguments of the kernels of linear maps: mirrors of the structures in ``ops``."""
+
+from __future__ import annotations
+
+import ctypes
+
+from mortice.plugins.executors.cuda.fusion import MAX_SEGMENTS
+
+__all__ = ["FinishArgs", "GemvArgs", "InputArgs", "MatmulArgs", "PartArgs", "RingArgs", "SegmentArgs"]
+
+Pointer, Int, Float = ctypes.c_uint64, ctypes.c_int32, ctypes.c_float
+
+
+class SegmentArgs(ctypes.Structure):
+    """``SegmentArgs`` in ``ops/gemv_parts.cuh`` and ``ops/matmul_ring.cu``."""
+
+    _fields_ = [(name, Pointer) for name in ("weight", "bias", "residual", "out")]
+
+
+class GemvArgs(ctypes.Structure):
+    """``GemvArgs`` in ``ops/gemv_parts.cuh``."""
+
+    _fields_ = [
+        ("x", Pointer),
+        ("norm_weight", Pointer),
+        ("norm_bias", Pointer),
+        ("norm_eps", Float),
+        ("segments", SegmentArgs * MAX_SEGMENTS),
+    ]
+
+
+class MatmulArgs(ctypes.Structure):
+    """``MatmulArgs`` in ``ops/matmul.cu``."""
+
+    _fields_ = [("x", Pointer), ("products", Pointer), ("weights", Pointer * MAX_SEGMENTS), ("rows", Int)]
+
+
+class RingArgs(ctypes.Structure):
+    """``MatmulRingArgs`` in ``ops/matmul_ring.cu``."""
+
+    _fields_ = [
+        ("x", Pointer),
+        ("norm_weight", Pointer),
+        ("products", Pointer),
+        ("norm_eps", Float),
+        ("rows", Int),
+        ("segments", SegmentArgs * MAX_SEGMENTS),
+    ]
+
+
+class PartArgs(ctypes.Structure):
+    """``Part`` in ``ops/finish.cuh``."""
+
+    _fields_ = [("bias", Pointer), ("residual", Pointer), ("out", Pointer), ("columns", Int), ("stride", Int)]
+
+
+class FinishArgs(ctypes.Structure):
+    """``FinishArgs`` in ``ops/finish.cuh``."""
+
+    _fields_ = [
+        ("products", Pointer),
+        ("scales", Pointer),
+        ("slices", Int),
+        ("rows", Int),
+        ("width", Int),
+        ("parts", PartArgs * MAX_SEGMENTS),
+    ]
+
+
+class InputArgs(ctypes.Structure):
+    """``InputArgs`` in ``ops/matmul_input.cu``."""
+
+    _fields_ = [
+        *((name, Pointer) for name in ("x", "norm_weight", "norm_bias", "out", "scales")),
+        ("norm_eps", Float),
+        ("rows", Int),
+        ("products", FinishArgs),
+    ]

@@ -1,0 +1,104 @@
+"""How a launch of ``ops/matmul_ring.cu`` is cut, and which groups of linear maps it multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from attrs import frozen
+
+from mortice.plugins.executors.cuda.fusion import LinearGroup
+from mortice.plugins.executors.cuda.layouts import TileGeometry
+from mortice.plugins.executors.cuda.matmul import LEAST_SLICE, STEP
+
+__all__ = ["RING_ROWS", "RingShape", "ring_shape"]
+
+RING_ROWS = 16
+"""Rows up to which ``ops/matmul_ring.cu`` is faster than ``ops/matmul.cu``: measured, see
+docs/design/prefill-performance.md."""
+
+_RING_BYTES = 225 << 10
+"""Of a block with bulk copies, which has a multiprocessor to itself: 227 KiB from compute capability 9.0 on, less what
+the kernel keeps besides."""
+
+_RING_WARPS, _RING_FRAGMENTS = 16, 4
+"""Most warps of a block of ``ops/matmul_ring.cu``, and most steps times eights of rows of each: more input would not
+fit registers."""
+
+_UNIT = 16
+"""Rows of a weight that ``ops/matmul_ring.cu`` takes at a time."""
+
+_MOST_SLOTS = 8
+
+
+@frozen(kw_only=True)
+class RingShape:
+    """How a launch of ``ops/matmul_ring.cu`` is cut.
+
+    Attributes:
+        rows: of the step that a block takes.
+        warps: of a block.
+        steps: of 128 columns of a tile that each warp takes.
+        slots: of the ring, each for 16 rows of tiles.
+        slices: tiles along a row; a block takes one of each row.
+        units: lots of 16 rows of all weights.
+
+    """
+
+    rows: int
+    warps: int
+    steps: int
+    slots: int
+    slices: int
+    units: int
+
+    def grid(self, rows: int, sm_count: int) -> int:
+        """Blocks: one on each multiprocessor, as far as there is work."""
+        each = self.slices * -(-rows // self.rows)
+        return each * max(1, min(sm_count // each, self.units))
+
+
+def ring_shape(group: LinearGroup, tiles: Sequence[TileGeometry], rows: int) -> RingShape | None:
+    """How ``ops/matmul_ring.cu`` multiplies a group, or None where it does not.
+
+    Tiles have to be of one width that fits the registers of a block. Norms need whole rows in a block, gates whole
+    sums; layer norms need their mean before anything else.
+
+    Args:
+        group: the maps.
+        tiles: of their weights, in order.
+        rows: of the step, at most.
+
+    """
+    columns, slices = tiles[0].tile_columns, tiles[0].tiles_across
+    steps = -(-columns // STEP)
+    each = -(-steps // _RING_WARPS)
+    whole = slices == 1 or (group.norm is None and group.gated is None and columns >= LEAST_SLICE)
+    rms = group.norm is None or (group.norm.type == "rms" and group.norm.bias is None)
+    alike = all(tile.tile_columns == columns for tile in tiles)
+    if rows > RING_ROWS or each > _RING_FRAGMENTS or not (whole and rms and alike):
+        return None
+    warps = -(-steps // each)
+    passed = 8 if rows <= 8 or 2 * each > _RING_FRAGMENTS else 16
+    parts = 2 if group.gated is not None else 1
+    sums = max(2 * parts * warps * (passed * (_UNIT + 4) + 8) * 4, warps * 2048)
+    slot = max(
+        _UNIT // tile.tile_rows * (_apart(tile.tile_bytes) if tile.tile_rows == 1 else tile.tile_bytes)
+        for tile in tiles
+    )
+    slots = min(_MOST_SLOTS, (_RING_BYTES - sums) // (-(-slot // 128) * 128))
+    units = [-(-tile.rows // _UNIT) for tile in tiles]
+    if slots < 2:
+        return None
+    return RingShape(
+        rows=passed,
+        warps=warps,
+        steps=each,
+        slots=slots,
+        slices=slices,
+        units=units[0] if parts == 2 else sum(units),
+    )
+
+
+def _apart(nbytes: int) -> int:
+    """Bytes from a row to the next that lies half a line of banks further."""
+    return -(-(nbytes - 64) // 128) * 128 + 64
