@@ -120,7 +120,9 @@ def test_a_page_that_is_not_copied_is_reported() -> None:
             sequence.copy_page = lambda source, destination: None
             return sequence
 
-    assert "a parent whose fork went on" in failures(ExecutorSuite.of(executor=wrong(CopiesNothing)), SHARED)[SHARED]
+    failed = failures(ExecutorSuite.of(executor=wrong(CopiesNothing)), SHARED)[SHARED]
+    # what a page holds that nobody wrote is anything, at times no number
+    assert "a parent whose fork went on" in failed or "the logits hold NaN or infinity" in failed
 
 
 def test_a_prefix_of_other_tokens_is_reported() -> None:
