@@ -6,18 +6,30 @@ import ctypes
 from collections.abc import Callable
 from typing import Any
 
+from mortice.core.model.kv_types import kv_cache_bytes
 from mortice.core.model.operators import Attention, Buffer
+from mortice.core.model.program import KvShape
+from mortice.core.plugin.kv_pages import PAGE_TOKENS
 from mortice.plugins.executors.cuda.fusion import PlaceGroup
 from mortice.plugins.executors.cuda.launches import Addresses, LaunchSpec, StepRows, rope_key
 from mortice.plugins.executors.cuda.sources import KernelSources
 
-__all__ = ["attend", "attend_threads"]
+__all__ = ["attend", "attend_fits", "attend_threads"]
+
+_MOST_PAGE_BYTES = 80 << 10
+"""Of K and V, where a block has 99 KiB of shared memory."""
 
 
 def attend_threads(attention: Attention, kv_type: str) -> int:
     """Threads of a block: fewer than 512 where most would idle, or where 64 registers each are too few."""
     values = attention.num_heads // attention.num_kv_heads * attention.head_dim
     return 512 if values > 256 and not attention.softcap and kv_type != "q8_0" else 256
+
+
+def attend_fits(attention: Attention, kv_type: str, *, bulk_copies: bool) -> bool:
+    """Whether a page of one KV head fits a block's shared memory; cards with bulk copies have room for every type."""
+    page = kv_cache_bytes(KvShape(num_kv_heads=1, head_dim=attention.head_dim), kv_type, PAGE_TOKENS)
+    return bulk_copies or page <= _MOST_PAGE_BYTES
 
 
 class _AttendArgs(ctypes.Structure):

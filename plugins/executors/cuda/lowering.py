@@ -16,7 +16,7 @@ from mortice.core.errors import ExecutionError
 from mortice.core.model import operators as op
 from mortice.core.model.operators import Buffer, Operator, WeightRef
 from mortice.core.model.weight_plan import WeightPlan
-from mortice.plugins.executors.cuda.attend import attend
+from mortice.plugins.executors.cuda.attend import attend, attend_fits
 from mortice.plugins.executors.cuda.attend_rows import rows_kernel
 from mortice.plugins.executors.cuda.attend_runs import attend_runs
 from mortice.plugins.executors.cuda.cublas import WORKSPACE_BYTES
@@ -149,13 +149,13 @@ class Lowering:
         return body, head
 
     def _others(self, group: SingleGroup | PlaceGroup, path: RowPath) -> list[Spec]:
-        if path.kind == "gemv" and path.rows == 1:  # nothing but this token is new: one launch for both
+        place = group if isinstance(group, PlaceGroup) else self._places.get(group.operator)
+        # one row: nothing but this token is new, so one launch does for both
+        if place is not None and path.kind == "gemv" and path.rows == 1 and self._is_one_launch(place):
             if isinstance(group, PlaceGroup):
                 return []
-            place = self._places.get(group.operator)
-            if place is not None:
-                splits = min(self.splits, max(1, self.sm_count // place.write.num_kv_heads))
-                return [attend(place, self.sources, self.kv_type, splits, self.sm_count, self._buffer)]
+            splits = min(self.splits, max(1, self.sm_count // place.write.num_kv_heads))
+            return [attend(place, self.sources, self.kv_type, splits, self.sm_count, self._buffer)]
         if isinstance(group, PlaceGroup):
             specs: list[Spec] = [self._place(group)]
         elif isinstance(group.operator, op.Attention):
@@ -163,6 +163,9 @@ class Lowering:
         else:
             specs = [self._single(group.operator)]
         return [*specs[:-1], evolve(specs[-1], outputs=group.outputs)]
+
+    def _is_one_launch(self, place: PlaceGroup) -> bool:
+        return attend_fits(place.attention, self.kv_type, bulk_copies=self.bulk_copies)
 
     def _buffer(self, at: Addresses, buffer: Buffer) -> int:
         return at.workspace + self.workspace.offsets[buffer]

@@ -29,7 +29,7 @@ from mortice.core.model.weight_plan import WeightPlan, plan_weights
 from mortice.core.synth.model import synth_model
 from mortice.core.synth.recipes import RECIPES
 from mortice.core.synth.shapes import SHAPES
-from mortice.plugins.executors.cuda.attend import attend_threads
+from mortice.plugins.executors.cuda.attend import attend_fits, attend_threads
 from mortice.plugins.executors.cuda.build import compile_all
 from mortice.plugins.executors.cuda.executor import CudaExecutor
 from mortice.plugins.executors.cuda.fusion import PlaceGroup
@@ -145,7 +145,7 @@ def of_families() -> Iterator[Wanted]:
             yield from lowered(plan_weights(model, program, KERNELS), kv_type)
 
 
-def of_heads() -> Iterator[Source]:
+def of_heads() -> Iterator[Wanted]:
     """Attention and what comes before it, for every size of head and group."""
     turns = cycle(product(KV_TYPES, (0.0, 30.0), (0, 128)))
     for (head_dim, group), _ in product(product((64, 80, 96, 128, 256), (1, 2, 3, 4, 5, 6, 7, 8)), range(3)):
@@ -154,18 +154,19 @@ def of_heads() -> Iterator[Source]:
             kv_type = "f16"
         attention = _attention(head_dim, group, softcap, window)
         tile = attention_tile(group)
-        yield SOURCES.attention(attention, kv_type)
+        yield SOURCES.attention(attention, kv_type), ARCHS
         place = _place(head_dim, "halves", head_dim, "rms", attention)
-        yield SOURCES.attend(place, kv_type, 16, attend_threads(attention, kv_type))
+        archs = ARCHS if attend_fits(attention, kv_type, bulk_copies=False) else BULK_COPIES
+        yield SOURCES.attend(place, kv_type, 16, attend_threads(attention, kv_type)), archs
         if kv_type != "f32":
-            yield SOURCES.attention(attention, kv_type, tile.rows)
-            yield SOURCES.attention_prefill(attention, kv_type, tile)
+            yield SOURCES.attention(attention, kv_type, tile.rows), ARCHS
+            yield SOURCES.attention_prefill(attention, kv_type, tile), ARCHS
     styles: tuple[Style, ...] = ("adjacent", "halves")
     norms: tuple[NormType | None, ...] = (None, "rms", "layer")
     for kv_type, head_dim, style, part, norm in product(KV_TYPES, (64, 96, 256), styles, (0, 2, 1), norms):
         if part or norm:
-            yield SOURCES.place(_place(head_dim, style, head_dim // part if part else 0, norm), kv_type)
-    yield from (SOURCES.kv_write(kv_type) for kv_type in KV_TYPES)
+            yield SOURCES.place(_place(head_dim, style, head_dim // part if part else 0, norm), kv_type), ARCHS
+    yield from ((SOURCES.kv_write(kv_type), ARCHS) for kv_type in KV_TYPES)
 
 
 def _attention(head_dim: int, group: int, softcap: float, window: int) -> op.Attention:
@@ -216,8 +217,7 @@ def _place(
 @cache
 def chosen() -> Mapping[str, Sequence[Source]]:
     wanted: dict[Source, set[str]] = defaultdict(set)
-    everywhere = ((source, ARCHS) for source in (*of_heads(), SOURCES.read()))
-    for source, archs in chain(of_shapes(), of_families(), everywhere):
+    for source, archs in chain(of_shapes(), of_families(), of_heads(), [(SOURCES.read(), ARCHS)]):
         wanted[source].update(archs)
     return covering_set(wanted, types_elsewhere=TYPES_ELSEWHERE)
 

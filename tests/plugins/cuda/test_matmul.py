@@ -257,3 +257,15 @@ def test_runs_of_rows_attend_together_unless_the_cache_is_exact(tmp_path: Path, 
         together = [spec for spec in of.launches(path)[0] if spec.label == "attention of runs"]
         expected = kv_type != "f32" and (path.kind == "gemm" or path.rows > PARTIAL_ROWS)
         assert bool(together) == expected, path
+
+
+@pytest.mark.parametrize(
+    ("kv_type", "bulk_copies", "entries"),
+    [("f16", False, {"attend"}), ("f32", True, {"attend"}), ("f32", False, {"place", "attention"})],
+)
+def test_a_row_attends_in_one_launch_where_a_page_fits_shared_memory(
+    kv_type: str, bulk_copies: bool, entries: set[str], tmp_path: Path
+) -> None:
+    of = lowering(tmp_path, sizes={"head_dim": 256, "num_heads": 4}, kv_type=kv_type, bulk_copies=bulk_copies)
+    body, _ = of.launches(of.path(1))
+    assert {spec.entry for spec in body if isinstance(spec, LaunchSpec)} & {"attend", "place", "attention"} == entries

@@ -2,11 +2,11 @@
 // and V to the paged cache. The same as place.cu and attention.cu do one after the other for many tokens, which this
 // cannot: a block waits for no other, and so sees of the step's own tokens only the one it brings itself.
 //
-// Blocks take a KV head and a split each, heads first. The query heads of a group read K and V together, page by page, out of shared memory, where the
-// first pages are asked for before the wait for the kernel before: only Q and the step's own K and V come after it. Short
-// contexts are one run of pages; longer ones are split (Flash-Decoding: Dao et al. 2023) and joined by the block that
-// comes last. A warp's lanes are shared by kAtOnce positions. Sums are kept with a running maximum (Milakov and
-// Gimelshein 2018).
+// Blocks take a KV head and a split each, heads first. The query heads of a group read K and V together, page by page,
+// out of shared memory, where the first pages are asked for before the wait for the kernel before: only Q and the step's
+// own K and V come after it. Short contexts are one run of pages; longer ones are split (Flash-Decoding: Dao et al. 2023)
+// and joined by the block that comes last. A warp's lanes are shared by kAtOnce positions. Sums are kept with a running
+// maximum (Milakov and Gimelshein 2018).
 //
 // All of it runs twice: while the kernel before is still at work a rehearsal, whose results nobody sees, brings the code
 // near. What a token costs here is a chain of short waits, and those for code were among the longest.
@@ -32,15 +32,24 @@ constexpr int kTurns = ceil_div(kPageTokens, kTogether);  // of a warp in a page
 constexpr int kDepth = kTurns % 2 == 0 ? 2 : 1;           // turns whose scores are taken together
 static_assert(HEAD_DIM % kPerLane == 0 && kLanes <= kWarp && kTeams > 0, "a warp holds whole positions");
 
-// Pages in shared memory: as many as leave room for a block of a product, and two at least.
-constexpr int kRoom = (110 << 10) - (GROUP + 2) * HEAD_DIM * 4;
+// Shared memory a block may have, of which the host and other arrays need some (CUDA C++ Programming Guide, "Technical
+// Specifications per Compute Capability"). Where rings are (gemv_ring.cuh) a block of a product is to find room beside it.
+#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+constexpr int kMostShared = 227 << 10, kBlocks = 2, kRoom = (110 << 10) - (GROUP + 2) * HEAD_DIM * 4;
+#elif __CUDA_ARCH__ == 800
+constexpr int kMostShared = 163 << 10, kBlocks = 1, kRoom = kMostShared - (8 << 10) - (GROUP + 2) * HEAD_DIM * 4;
+#else
+constexpr int kMostShared = 99 << 10, kBlocks = 1, kRoom = kMostShared - (8 << 10) - (GROUP + 2) * HEAD_DIM * 4;
+#endif
+
+// Pages in shared memory: as many as there is room for, and one at least.
 constexpr int kPage = 2 * page_bytes<KV>(HEAD_DIM);
-constexpr int kStages = kRoom / kPage < 2 ? 2 : kRoom / kPage < 8 ? kRoom / kPage : 8;
+constexpr int kStages = kRoom / kPage < 1 ? 1 : kRoom / kPage < 8 ? kRoom / kPage : 8;
 using Pages = Stages<KV, HEAD_DIM, KV_HEADS, kStages>;
 constexpr int kSumsBytes = kTogether * GROUP * HEAD_DIM * 4;  // what the slots of a block found: where pages were
 
 // What a launch has to ask for. Read by the host.
-extern "C" __device__ const int shared_bytes = largest(Pages::kBytes, kSumsBytes, kLeastShared);
+extern "C" __device__ const int shared_bytes = largest(Pages::kBytes, kSumsBytes, kBlocks > 1 ? kLeastShared : 0);
 
 struct AttendArgs {
     const float* q;  // (KV_HEADS * GROUP, HEAD_DIM)
@@ -75,6 +84,7 @@ struct Shared {
     uint64 barriers[kStages];
     bool is_last;
 };
+static_assert(sizeof(Shared) + largest(Pages::kBytes, kSumsBytes) <= kMostShared, "a block's shared memory fits");
 
 struct Running {
     float top = kLowest, total = 0.f;
@@ -261,7 +271,7 @@ __device__ __forceinline__ void bring(const AttendArgs& args, int head, int posi
     }
 }
 
-// Attention of the block to its run (the first positions of it in a rehearsal), left in shared memory: whoever holds a slot has its sums at `all_sums`.
+// Attention of the block to its run (the first positions of it in a rehearsal): what each slot found, to shared memory.
 __device__ __forceinline__ void attend_to(const AttendArgs& args, const int* pages, int head, const Run& run, const Pages& stages, Shared& shared,
                                           bool is_real) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -301,13 +311,6 @@ __device__ __forceinline__ void attend_to(const AttendArgs& args, const int* pag
     __syncthreads();
     if (team < kTeams) keep(shared, reinterpret_cast<float*>(stages.memory), slot, first_head, running);
 }
-
-// Where rings are (gemv_ring.cuh) a block of a product is to find room beside it.
-#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
-constexpr int kBlocks = 2;
-#else
-constexpr int kBlocks = 1;
-#endif
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) attend(const __grid_constant__ AttendArgs args) {
     extern __shared__ __align__(128) uint8 memory[];
