@@ -7,6 +7,7 @@ Works with any executor. What only an executor can measure it may offer as metho
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +23,8 @@ from mortice.core.bench.results import BenchReport, BenchSettings, ProfileRow, S
 from mortice.core.bench.traffic import Traffic, decode_traffic
 from mortice.core.errors import ExecutionError, UnsupportedError
 from mortice.core.pipeline import Pipeline
-from mortice.core.plugin.events import Event, StepDone
-from mortice.core.plugin.interfaces import Runtime, StepPart, TokenSequence
+from mortice.core.plugin.events import Event, StepDone, WaysMeasured
+from mortice.core.plugin.interfaces import Runtime, StepPart, TokenSequence, Tuned
 from mortice.core.plugin.token_choice import ChoicePart, ChoosesTokens, TokenChoice
 from mortice.core.text.params import GenerationParams, SamplingParams
 from mortice.core.text.sampling import Sampler
@@ -81,6 +82,7 @@ def bench(open_pipeline: Callable[[], Pipeline], settings: BenchSettings, note: 
         plan_seconds = time.perf_counter() - started
         settings.require_room(pipeline.settings)
         pipeline.fit.require()
+        pipeline.registry.observers.append(lambda event: note(str(event)) if isinstance(event, WaysMeasured) else None)
         preload_started = time.perf_counter()
         pipeline.preload()
         preload_seconds = time.perf_counter() - preload_started
@@ -125,6 +127,7 @@ def _subject(pipeline: Pipeline, load_average: float | None) -> Subject:
         context_length=pipeline.settings.context_length,
         load_average=load_average,
         cores=os.cpu_count() or 1,
+        choices=pipeline.runtime.measured_choices() if isinstance(pipeline.runtime, Tuned) else {},
     )
 
 
@@ -139,10 +142,12 @@ class _Bencher:
     _rng: np.random.Generator = field(init=False)
     _step_seconds: float = field(default=0.0, init=False)
     _steps: int = field(default=0, init=False)
+    _counting: CountsWaiting | None = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         pipeline = self.pipeline
         self.runtime = pipeline.runtime
+        self._counting = self.runtime if isinstance(self.runtime, CountsWaiting) else None
         self._traffic = decode_traffic(pipeline.plan, pipeline.executor, pipeline.settings)
         self._rng = np.random.default_rng(self.settings.seed)
         pipeline.registry.observers.append(self._observe)
@@ -220,20 +225,27 @@ class _Bencher:
 
         An executor may launch a step ahead of the one it waits for. It has done so when the watch starts and when it
         stops, so the number of steps between is right.
+
+        The host is taken to be as busy in every step as in the median one: now and then a core is taken away from it
+        for longer than all of its work takes, which says nothing of that work.
         """
         choose = self._chooser(sequences)
         last = choose([self._tokens(1) for _ in sequences], 0)
-        waited, steps = self._waited(), self._steps
-        started = time.perf_counter()
+        steps = self._steps
+        busy = []
+        now = started = time.perf_counter()
+        waited = self._waited()
         for index in range(tokens):
             last = choose(last, index + 1)
-        elapsed = time.perf_counter() - started
-        known = isinstance(self.runtime, CountsWaiting) or self._steps > steps
-        return elapsed, elapsed - (self._waited() - waited) if known else None
+            before, waited_before = now, waited
+            now, waited = time.perf_counter(), self._waited()
+            busy.append(now - before - (waited - waited_before))
+        known = self._counting is not None or self._steps > steps
+        return now - started, tokens * statistics.median(busy) if known else None
 
     def _waited(self) -> float:
         """Seconds spent waiting so far; where the runtime does not count them, its steps are the device's work."""
-        return self.runtime.waited_seconds if isinstance(self.runtime, CountsWaiting) else self._step_seconds
+        return self._counting.waited_seconds if self._counting is not None else self._step_seconds
 
     def profile(self) -> Iterator[ProfileRow]:
         """A prompt and a decode step, as far as they are fed in one step, for each depth and number of sequences."""

@@ -17,7 +17,7 @@ from mortice.core.bench.results import BenchReport, SpeedRow
 from mortice.core.errors import ConfigError
 from mortice.core.version import __version__
 
-__all__ = ["as_dict", "csv_text", "load_plotext", "markdown", "plot"]
+__all__ = ["as_dict", "csv_text", "load_plotext", "markdown", "number", "plot", "table"]
 
 
 def as_dict(report: BenchReport) -> dict[str, Any]:
@@ -91,6 +91,7 @@ def _subject(report: BenchReport) -> str:
             f"{model}, {subject.file_bytes / 2**20:.1f} MiB; mortice {__version__}",
             f"{place}, context {subject.context_length}; upload {subject.upload}",
             f"read bandwidth {bandwidth}; {subject.cores} cores{load}",
+            *([", ".join(f"{name} {value}" for name, value in subject.choices.items())] if subject.choices else ()),
         )
     )
 
@@ -104,22 +105,22 @@ def _speeds(report: BenchReport) -> str:
             str(row.depth),
             str(row.sequences),
             f"{row.mean:.2f}",
-            _number(row.deviation, 1, 2),
+            number(row.deviation, 1, 2),
             f"{row.median:.2f}",
-            _number(row.token_bytes, 1e-6, 2),
-            _number(row.bytes_per_second, 1e-9, 2),
-            _number(row.bandwidth_share, 100, 1),
-            _number(row.host_seconds_per_token, 1e6, 1),
+            number(row.token_bytes, 1e-6, 2),
+            number(row.bytes_per_second, 1e-9, 2),
+            number(row.bandwidth_share, 100, 1),
+            number(row.host_seconds_per_token, 1e6, 1),
         )
         for row in report.rows
     ]
-    return _table((*columns, ">host µs/token"), rows)
+    return table((*columns, ">host µs/token"), rows)
 
 
 def _startup(report: BenchReport) -> str:
     startup = report.startup
     size = f"{startup.upload_bytes / 1e6:.1f} MB"
-    rate = _number(startup.upload_rate, 1e-9, 2)
+    rate = number(startup.upload_rate, 1e-9, 2)
     upload = f"upload of {size}, made on the way" if startup.made else f"upload of {size} at {rate} GB/s"
     prompt = f"{startup.prompt_tokens} token{'s' if startup.prompt_tokens > 1 else ''}"
     rows = [
@@ -129,7 +130,7 @@ def _startup(report: BenchReport) -> str:
         (f"first token after {prompt}, cold: all of the above and the prompt", _seconds(startup.first_token_cold)),
         (f"first token after {prompt}, warm (median)", _seconds(statistics.median(startup.first_token_warm))),
     ]
-    return _table(("start", ">time"), rows)
+    return table(("start", ">time"), rows)
 
 
 def _profile(report: BenchReport) -> str:
@@ -146,10 +147,11 @@ def _profile(report: BenchReport) -> str:
         )
         for row in report.profile
     ]
-    return _table(columns, rows)
+    return table(columns, rows)
 
 
-def _number(value: float | None, factor: float, digits: int) -> str:
+def number(value: float | None, factor: float, digits: int) -> str:
+    """`value * factor`, or a dash for what is not known."""
     return "-" if value is None else f"{value * factor:.{digits}f}"
 
 
@@ -157,7 +159,7 @@ def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table that also reads well as text. A column written ``>name`` is aligned to the right."""
     names = [column.removeprefix(">") for column in columns]
     widths = [max(3, *(len(line[place]) for line in (names, *rows))) for place in range(len(names))]

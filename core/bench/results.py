@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from attrs import Attribute, field, frozen
@@ -106,7 +107,8 @@ class SpeedRow:
         token_bytes: bytes a token has to move, the mean over the test; None for prefill, where a step serves many. The
             weights count once for all sequences.
         read_bandwidth: what the device was measured to read, bytes a second; None where the executor cannot tell.
-        host_seconds: of each repeat, time in which the host did not wait for the device; None where that is unknown.
+        host_seconds: of each repeat, time in which the host did not wait for the device, all steps taken to be as the
+            median one; None where that is unknown.
 
     """
 
@@ -235,6 +237,7 @@ class Subject:
         context_length: tokens a sequence could hold.
         load_average: of the machine before the measurement, one minute; None where the system has none.
         cores: the machine's.
+        choices: what the runtime chose by measuring, as `Tuned.measured_choices` has it.
 
     """
 
@@ -250,6 +253,7 @@ class Subject:
     context_length: int
     load_average: float | None
     cores: int
+    choices: Mapping[str, str] = field(factory=dict)
 
 
 @frozen(kw_only=True)

@@ -34,12 +34,23 @@ def _counts(_: Any, tokens: Sequence[Any]) -> tuple[int, ...]:
     return tuple(int(part) for token in tokens for part in token.value.split(","))
 
 
+def _names(_: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
+    """Names separated by commas, of one flag or of several."""
+    return tuple(part for token in tokens for part in token.value.split(","))
+
+
 def _list(name: str, long_name: str, help_text: str) -> Parameter:
     return Parameter(name=(name, long_name), help=help_text, converter=_counts, negative=(), n_tokens=1)
 
 
 def bench(
-    model: Annotated[str, Parameter(help="A model file, or SHAPE:RECIPE for random weights (see mortice synth).")],
+    model: Annotated[
+        str | None,
+        Parameter(
+            help="A model file, or SHAPE:RECIPE for random weights (see mortice synth); "
+            "with --products also a SHAPE, by default Llama-3.1-8B."
+        ),
+    ] = None,
     /,
     *,
     prompt_tokens: Annotated[
@@ -61,6 +72,24 @@ def bench(
     profile: Annotated[
         bool, Parameter(negative=(), help="Also time each kind of operator.", show_default=False)
     ] = False,
+    products: Annotated[
+        bool,
+        Parameter(
+            negative=(),
+            help="Time the matrix products of a step one by one instead, with weights of each type.",
+            show_default=False,
+        ),
+    ] = False,
+    types: Annotated[
+        tuple[str, ...],
+        Parameter(
+            help="With --products of a SHAPE: only weights of these types, separated by commas.",
+            converter=_names,
+            negative=(),
+            n_tokens=1,
+            show_default=False,
+        ),
+    ] = (),
     config: ConfigFile = None,
     contract: FileFlags | None = None,
     executor: ExecutorFlags | None = None,
@@ -81,7 +110,7 @@ def bench(
     output = output or OutputFlags()
     if output.json and form not in ("md", "json"):
         raise ConfigError(f"--json and -o {form}: found both, wanted one")
-    if form == "plot":
+    if form == "plot" and not products:
         load_plotext()  # a missing package is better known before than after
     wanted = BenchSettings(
         prompt_tokens=prompt_tokens,
@@ -93,6 +122,13 @@ def bench(
     )
     screen = Screen(json=output.json or form == "json", quiet=output.quiet)
     chosen = settings(config, contract, executor, plugins, any_key).config
+    if products:
+        _products(model, chosen, wanted, types, screen, form)
+        return 0
+    if types:
+        raise ConfigError("--types: only with --products")
+    if model is None:
+        raise ConfigError("bench: no model given; pass FILE or SHAPE:RECIPE, or --products")
     report = measure(_opener(model, chosen, wanted), wanted, screen.note)
     _print(screen, report, form)
     return 0
@@ -130,6 +166,40 @@ def _opener(model: str, config: RunConfig, wanted: BenchSettings) -> Callable[[]
             raise
 
     return open_pipeline
+
+
+_DEFAULT_SHAPE = "Llama-3.1-8B"
+_SHORT_CONTEXT = 64
+
+
+def _products(
+    model: str | None, config: RunConfig, wanted: BenchSettings, types: tuple[str, ...], screen: Screen, form: str
+) -> None:
+    from mortice.core.bench.product_report import products_as_dict, products_csv, products_markdown
+    from mortice.core.bench.products import ProductModel, bench_products, models_of_shape, require_product_times
+    from mortice.core.bench.results import BenchSettings
+    from mortice.core.stages import choose_executor, registry_for
+    from mortice.core.synth.model import is_shape_and_recipe
+
+    if form == "plot":
+        raise ConfigError("--products: found -o plot, wanted md, json or csv")
+    if wanted != BenchSettings(batch=wanted.batch, repeats=wanted.repeats):
+        raise ConfigError("--products: takes -b and -r; -p, -n, -d and --profile are for whole steps")
+    context = config.executor.context or _SHORT_CONTEXT
+    config = evolve(config, executor=evolve(config.executor, context=context, step_tokens=max(wanted.batch)))
+    registry = registry_for(config)
+    executor, _, _ = choose_executor(registry, config.executor.name)
+    require_product_times(executor)
+    model = model or _DEFAULT_SHAPE
+    if Path(model).exists() or is_shape_and_recipe(model):
+        if types:
+            raise ConfigError(f"--types: {model} has types of its own")
+        models = [ProductModel(name=Path(model).name, open=_opener(model, config, wanted))]
+    else:
+        models = models_of_shape(config, registry, executor, model, types)
+    report = bench_products(models, executor, wanted.batch, wanted.repeats, screen.note)
+    screen.result(products_as_dict(report))
+    screen.say(products_csv(report).rstrip("\n") if form == "csv" else products_markdown(report))
 
 
 def _print(screen: Screen, report: BenchReport, form: str) -> None:

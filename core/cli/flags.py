@@ -85,6 +85,7 @@ FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "executor.kv_tokens": ("--kv-tokens",),
         "executor.prefix_cache": ("--prefix-cache",),
         "executor.step_tokens": ("--step-tokens",),
+        "executor.tuning": ("--tuning",),
         "upload.strategy": ("--upload",),
         "kernels.layout": ("--layout",),
         "sampling.temperature": ("--temperature", "-t"),
@@ -242,6 +243,7 @@ class ExecutorFlags:
     executor_kv_tokens: Annotated[int | None, _flag("executor.kv_tokens")] = None
     executor_prefix_cache: Annotated[bool | None, _flag("executor.prefix_cache")] = None
     executor_step_tokens: Annotated[int | None, _flag("executor.step_tokens")] = None
+    executor_tuning: Annotated[str | None, _flag("executor.tuning")] = None
     upload_strategy: Annotated[str | None, _flag("upload.strategy")] = None
     kernels_layout: Annotated[str | None, _flag("kernels.layout")] = None
     limits_memory_mib: Annotated[int | None, _flag("limits.memory_mib")] = None

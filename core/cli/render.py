@@ -11,13 +11,13 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from attrs import define, field
 
-from mortice.core.plugin.events import Event, UploadProgress
+from mortice.core.plugin.events import Event, UploadProgress, WaysMeasured
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -94,37 +94,34 @@ class Screen:
 
     @contextmanager
     def upload_progress(self, observers: list[Callable[[Event], None]]) -> Iterator[None]:
-        """Show uploads while inside: a bar on a terminal, else one line at the end."""
+        """Show uploads while inside: a bar on a terminal, else one line at the end; then what was measured for them."""
         if self.quiet:
             yield
-        elif sys.stderr.isatty():
-            with _bar("upload") as show:
+            return
+        started = time.perf_counter()
+        last: list[UploadProgress] = []
+        measured: list[WaysMeasured] = []
+        bar = _bar("upload") if sys.stderr.isatty() else nullcontext()
+        with bar as show:
 
-                def show_event(event: Event) -> None:
-                    if isinstance(event, UploadProgress):
+            def watch(event: Event) -> None:
+                if isinstance(event, WaysMeasured):
+                    measured.append(event)
+                elif isinstance(event, UploadProgress):
+                    last[:] = [event]
+                    if show is not None:
                         show(event.done_bytes, event.total_bytes)
 
-                observers.append(show_event)
-                try:
-                    yield
-                finally:
-                    observers.remove(show_event)
-        else:
-            started = time.perf_counter()
-            last: list[UploadProgress] = []
-
-            def remember(event: Event) -> None:
-                if isinstance(event, UploadProgress):
-                    last[:] = [event]
-
-            observers.append(remember)
+            observers.append(watch)
             try:
                 yield
             finally:
-                observers.remove(remember)
-            if last:
-                seconds = time.perf_counter() - started
-                self.note(f"upload: {size_text(last[0].total_bytes)} with {last[0].strategy} in {seconds:.2f} s")
+                observers.remove(watch)
+        if last and show is None:
+            seconds = time.perf_counter() - started
+            self.note(f"upload: {size_text(last[0].total_bytes)} with {last[0].strategy} in {seconds:.2f} s")
+        for event in measured:
+            self.note(str(event))
 
     @contextmanager
     def byte_progress(self, title: str) -> Iterator[Callable[[int, int], None]]:

@@ -43,7 +43,7 @@ def is_shape_and_recipe(text: str) -> bool:
 
 
 def synth_model(
-    shape: str, recipe: str, *, seed: int = 0, layers: int | None = None, stored: bool = False
+    shape: str, recipe: str | Mix, *, seed: int = 0, layers: int | None = None, stored: bool = False
 ) -> ModelFile:
     """A model of a known shape, its weights random.
 
@@ -51,7 +51,7 @@ def synth_model(
 
     Args:
         shape: one of `SHAPES`; upper or lower case does not matter.
-        recipe: one of `RECIPES`; the same.
+        recipe: one of `RECIPES`, the same; or a mix that is not in the list.
         seed: the same arguments give the same bytes.
         layers: how many layers instead of the shape's own; the mix is that of a model with so many.
         stored: whether the weights lie in memory, as those of a file do; otherwise they are made when they are wanted.
@@ -60,14 +60,15 @@ def synth_model(
         ConfigError: for an unknown shape or recipe, naming the nearest, or layers below 1 or above 1024.
 
     """
-    shape, recipe = _known("shape", shape, SHAPES), _known("recipe", recipe, RECIPES)
+    shape = _known("shape", shape, SHAPES)
+    mix = recipe if isinstance(recipe, Mix) else RECIPES[_known("recipe", recipe, RECIPES)]
     chosen = SHAPES[shape]
     if layers is not None:
         if not 1 <= layers <= _MAX_LAYERS:
             raise ConfigError(f"layers: found {layers}, wanted 1 to {_MAX_LAYERS}")
         chosen = evolve(chosen, num_layers=layers)
-    draft = _Draft(name=shape, shape=chosen, mix=RECIPES[recipe], seed=seed)
-    path = Path(f"{shape}:{recipe}")
+    draft = _Draft(name=shape, shape=chosen, mix=mix, seed=seed)
+    path = Path(f"{shape}:{mix.name}")
     metadata = draft.metadata()
     tensors = {tensor.name: _stored(tensor) if stored else tensor for tensor in draft.tensors(path)}
     return ModelFile(

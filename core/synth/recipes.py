@@ -13,7 +13,7 @@ from attrs import frozen
 
 from mortice.core.model.qtypes import GGML_TYPES, QType
 
-__all__ = ["RECIPES", "Mix", "Tensor"]
+__all__ = ["RECIPES", "Mix", "OneType", "Tensor"]
 
 _BY_NAME = {qtype.name: qtype for qtype in GGML_TYPES.values()}
 _UNQUANTISED = ("F32", "F16", "BF16")
@@ -122,6 +122,23 @@ class Mix:
             case "Q4_K_S" | "IQ4_NL" | "IQ4_XS":
                 return "Q5_K" if tensor.layer < tensor.num_layers // 8 else self.base
         return self.base
+
+
+_FILE_TYPE_NOT_TOLD = 1024
+_EMBEDDING = "Q4_0"
+
+
+@frozen(kw_only=True)
+class OneType(Mix):
+    """Every matrix of one type, the head included: no mix of llama-quantize, but what kernels are measured with.
+
+    The table of embeddings, of which a token reads a row, is small where it is not the head.
+    """
+
+    file_type: int = _FILE_TYPE_NOT_TOLD
+
+    def _wanted(self, tensor: Tensor) -> str:
+        return self.base if tensor.role != "token_embd" or tensor.is_head else _EMBEDDING
 
 
 _BASES = {"Q5_K_M": "Q5_K", "Q4_K_M": "Q4_K", "Q4_K_S": "Q4_K", "Q3_K_M": "Q3_K"}

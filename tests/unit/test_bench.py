@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import types
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from mortice.core.cli.main import main
 from mortice.core.config import ExecutorConfig, KernelsConfig, RunConfig
 from mortice.core.errors import ConfigError, UnsupportedError
 from mortice.core.pipeline import Pipeline, prepare_opened
+from mortice.core.plugin.events import WaysMeasured
 from mortice.core.plugin.registry import make_registry
 from mortice.core.synth.model import synth_model
 from mortice.plugins.executors.reference.executor import ReferenceExecutor
@@ -154,6 +156,25 @@ def test_a_runtime_that_counts_its_waiting_is_believed(monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("no_bandwidth")
+def test_a_single_step_that_is_held_up_is_not_the_hosts_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = itertools.cycle([1000.0, 1000.0, 400.0, 1000.0])  # a first token, or a decode: one before three measured
+    step = ReferenceRuntime.step
+
+    def counted(self: ReferenceRuntime, parts: Sequence[Any]) -> Any:
+        Waiting.waited_seconds += next(waits)
+        return step(self, parts)
+
+    class Waiting:
+        waited_seconds = 0.0
+
+    monkeypatch.setattr(ReferenceRuntime, "waited_seconds", property(lambda _: Waiting.waited_seconds), raising=False)
+    monkeypatch.setattr(ReferenceRuntime, "step", counted)
+    settings = BenchSettings(prompt_tokens=(), generated_tokens=(3,), repeats=3)
+    decode = bench(opener(), settings, silent).rows[0]
+    assert decode.host_seconds == pytest.approx([-3000.0] * 3, abs=10.0)  # waits are made up, the time is not
+
+
+@pytest.mark.usefixtures("no_bandwidth")
 def test_the_sequence_is_as_deep_at_the_start_of_each_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
     fed: list[tuple[int, int]] = []
     step = ReferenceRuntime.step
@@ -202,6 +223,23 @@ def test_random_weights_made_on_the_way_have_no_upload_rate() -> None:
     startup = evolve(made().startup, made=True)
     assert startup.upload_rate is None
     assert "| upload of 1.0 MB, made on the way " in markdown(evolve(made(row()), startup=startup))
+
+
+@pytest.mark.usefixtures("no_bandwidth")
+def test_what_was_chosen_by_measuring_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = {"products by rings": "to 8 rows", "products by cuBLAS": "from 129 rows"}
+    monkeypatch.setattr(ReferenceRuntime, "measured_choices", lambda _: choices, raising=False)
+    open_runtime, notes = ReferenceExecutor.open, list[str]()
+
+    def open_and_tell(self: ReferenceExecutor, *given: Any) -> ReferenceRuntime:
+        given[-1](WaysMeasured(choices=choices, kept="", seconds=0.5))
+        return open_runtime(self, *given)
+
+    monkeypatch.setattr(ReferenceExecutor, "open", open_and_tell)
+    found = bench(opener(), evolve(SMALL, generated_tokens=()), notes.append)
+    assert as_dict(found)["choices"] == choices
+    assert "products by rings to 8 rows, products by cuBLAS from 129 rows" in markdown(found).splitlines()
+    assert "measured in 0.50 s: products by rings to 8 rows, products by cuBLAS from 129 rows; not kept" in notes
 
 
 def test_the_measured_bandwidth_is_that_of_this_machine(report: BenchReport) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mortice.core.cli.render import Screen, json_text, printable, size_text
-from mortice.core.plugin.events import Event, UploadProgress
+from mortice.core.plugin.events import Event, UploadProgress, WaysMeasured
 from tests.support.models import smollm2_path
 from tests.unit.cli.conftest import Mortice
 
@@ -70,6 +70,18 @@ def test_a_terminal_sees_a_bar_while_weights_move(
         show(UploadProgress(strategy="host", done_bytes=50 << 20, total_bytes=100 << 20))
     assert observers == []
     assert "50.0/100.0 MiB" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+
+
+def test_a_person_is_told_what_was_measured_and_where_it_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    observers: list[Callable[[Event], None]] = []
+    choices = {"products by rings": "to 8 rows", "products by cuBLAS": "from 129 rows"}
+    for screen in (Screen(), Screen(quiet=True)):
+        with screen.upload_progress(observers):
+            for show in observers:
+                show(WaysMeasured(choices=choices, kept="/cache/x.json", seconds=0.25))
+    assert capsys.readouterr().err == (
+        "measured in 0.25 s: products by rings to 8 rows, products by cuBLAS from 129 rows; kept in /cache/x.json\n"
+    )
 
 
 def test_no_terminal_sees_one_line_after_the_upload(mortice: Mortice, tiny: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from mortice.core.cli import run as running
 from mortice.core.record import read_record
 from mortice.core.stages import open_file
+from mortice.plugins.executors.reference.runtime import ReferenceRuntime
 from tests.support.hf_folders import write_folder
 from tests.support.tiny import REGISTRY
 from tests.unit.cli.conftest import Mortice
@@ -125,6 +126,20 @@ def test_a_model_that_was_moved_is_found_with_the_flag(mortice: Mortice, record:
     ran = mortice("replay", path)
     assert (ran.code, "/nowhere/tiny.gguf: no such file" in ran.err) == (2, True)
     assert mortice("replay", path, "--model", moved).code == 0
+
+
+def test_another_choice_by_measurement_is_named(
+    mortice: Mortice, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.json"
+    for rows in (16, 8):
+        choice = {"products by rings": f"to {rows} rows"}
+        monkeypatch.setattr(ReferenceRuntime, "measured_choices", lambda _, choice=choice: choice, raising=False)
+        if rows == 16:
+            assert mortice("run", "-m", tiny, *ASKED, "--record", path).code == 0
+            assert mortice("replay", path, "--json").json["changes"] == []
+    ran = mortice("replay", path, "--json")
+    assert ran.json["changes"] == ["products by rings: recorded with to 16 rows, now to 8 rows"]
 
 
 def test_what_is_another_now_is_named(mortice: Mortice, record: Path) -> None:
