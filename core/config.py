@@ -99,12 +99,16 @@ class ExecutorConfig:
         kv: the type of the KV cache; ``auto`` is the executor's own choice. ``q8_0`` takes 34 bytes for 32 elements
             and wants heads of a multiple of 32 elements.
         activations: what products with quantised weights take: ``int8`` (fast, rounded; half precision where a GPU
-            multiplies several rows) or ``f32``; ``auto`` is the executor's own choice.
+            multiplies several rows) or ``f32``, in which a GPU then attends, too; ``auto`` is the executor's own
+            choice.
         kv_tokens: tokens that all sequences together may hold in the KV cache, counted in pages of 64, a prefix that
             several share once; 0 is as many as one sequence that fills the context.
         prefix_cache: whether a prompt that begins like one before takes over its pages of the KV cache, as far as they
             are still there. Where products of few and of many rows are rounded differently, logits differ by that.
         step_tokens: the most tokens fed at once; longer prompts are fed in several steps.
+        tuning: whether the executor times ways to compute on the device and takes the fastest: ``auto`` does so at the
+            first start with a model's shapes and keeps the result on disk; ``cached`` takes what was kept and measures
+            nothing; ``off`` takes built-in figures. Other choices change rounding.
 
     """
 
@@ -115,6 +119,7 @@ class ExecutorConfig:
     kv_tokens: int = field(default=0, validator=_at_least(0))
     prefix_cache: bool = True
     step_tokens: int = field(default=2048, validator=_at_least(1))
+    tuning: Literal["auto", "cached", "off"] = "auto"
 
 
 @frozen(kw_only=True)

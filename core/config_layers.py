@@ -25,7 +25,7 @@ from mortice.core.text_file import read_small_text, require_utf8
 __all__ = ["OTHER_VARIABLES", "EffectiveConfig", "Flag", "Origin", "config_from", "read_config", "resolve_config"]
 
 OTHER_VARIABLES = {
-    "MORTICE_CACHE": "folder for compiled kernels",
+    "MORTICE_CACHE": "folder for compiled kernels and for what was measured on a card",
     "MORTICE_TEST_DATA": "folder with test data that is not part of the project",
 }
 """Variables of ours that are no config keys."""

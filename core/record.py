@@ -27,7 +27,7 @@ from mortice.core.config_layers import config_from
 from mortice.core.errors import InputError, ModelFileError
 from mortice.core.file_hash import FileHash
 from mortice.core.pipeline import Pipeline
-from mortice.core.plugin.interfaces import Identified
+from mortice.core.plugin.interfaces import Identified, Tuned
 from mortice.core.text.generation import Piece
 from mortice.core.text_file import parse_json, read_small_text
 from mortice.core.version import __version__
@@ -55,7 +55,7 @@ class Environment:
 
     Attributes:
         program: mortice, Python, the libraries and every plugin that took part, with versions.
-        executor: its name, the upload strategy, how weights lie, and the device.
+        executor: its name, the upload strategy, how weights lie, the device, and what was chosen by measuring it.
         contract: the contract's name and the SHA-256 of what it says.
         code: SHA-256 of the compiled code or source that the executor ran, by piece.
 
@@ -92,6 +92,7 @@ class Environment:
                 "activations": settings.activations,
                 "step tokens": str(settings.step_tokens),
                 "layouts": ", ".join(sorted({planned.layout.name for planned in pipeline.plan.weights})),
+                **(runtime.measured_choices() if isinstance(runtime, Tuned) else {}),
             },
             contract={contract.name: hashlib.sha256(json.dumps(_plain(contract)).encode()).hexdigest()},
             code=dict(runtime.code_hashes()) if isinstance(runtime, Identified) else {},

@@ -170,6 +170,7 @@ def runtime_settings(config: RunConfig, program: Program) -> RuntimeSettings:
         step_tokens=config.executor.step_tokens,
         kv_tokens=config.executor.kv_tokens,
         prefix_cache=config.executor.prefix_cache,
+        tuning=config.executor.tuning,
     )
 
 

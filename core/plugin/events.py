@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from attrs import frozen
@@ -13,6 +14,7 @@ __all__ = [
     "ModelValidated",
     "StepDone",
     "UploadProgress",
+    "WaysMeasured",
     "WeightsPlanned",
 ]
 
@@ -72,6 +74,27 @@ class GraphCaptured(Event):
 
     nodes: int
     seconds: float
+
+
+@frozen(kw_only=True)
+class WaysMeasured(Event):
+    """An executor timed ways to compute on its device, and chose.
+
+    Attributes:
+        choices: what was chosen, as `Tuned.measured_choices` has it.
+        kept: where the next start will find it; empty where it could not be kept.
+        seconds: what that took.
+
+    """
+
+    choices: Mapping[str, str]
+    kept: str
+    seconds: float
+
+    def __str__(self) -> str:
+        chosen = ", ".join(f"{name} {value}" for name, value in self.choices.items())
+        where = f"kept in {self.kept}" if self.kept else "not kept"
+        return f"measured in {self.seconds:.2f} s: {chosen}; {where}"
 
 
 @frozen(kw_only=True)

@@ -32,6 +32,7 @@ __all__ = [
     "TokenSequence",
     "Traceable",
     "TriesTypes",
+    "Tuned",
     "TypeTrial",
     "UploadStrategy",
     "Wakes",
@@ -106,6 +107,8 @@ class RuntimeSettings:
         step_tokens: the most tokens of one step; longer prompts are fed in several.
         kv_tokens: tokens that all sequences together may hold; 0 for as many as one; see `cache_tokens`.
         prefix_cache: whether a sequence may take over what others computed; see `mortice.core.plugin.kv_pages`.
+        tuning: what an executor may find out by timing ways to compute on its device: ``auto`` measures what is not
+            known yet and keeps it, ``cached`` takes what was kept and measures nothing, ``off`` takes built-in figures.
 
     """
 
@@ -115,6 +118,7 @@ class RuntimeSettings:
     step_tokens: int = 2048
     kv_tokens: int = 0
     prefix_cache: bool = True
+    tuning: Literal["auto", "cached", "off"] = "auto"
 
     @property
     def cache_tokens(self) -> int:
@@ -329,6 +333,15 @@ class Identified(Protocol):
 
     def code_hashes(self) -> Mapping[str, str]:
         """SHA-256 in hex of each piece of code by a name: of what is compiled, or of its source where nothing is."""
+        ...
+
+
+@runtime_checkable
+class Tuned(Protocol):
+    """A runtime with choices that depend on measurements; optional, the record of a run and a benchmark keep them."""
+
+    def measured_choices(self) -> Mapping[str, str]:
+        """What was chosen, by what it decides; with other choices results are rounded differently."""
         ...
 
 

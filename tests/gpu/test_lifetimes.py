@@ -15,7 +15,7 @@ from mortice.core.pipeline import Pipeline, prepare, prepare_opened
 from mortice.core.plugin.events import Event, GraphCaptured, UploadProgress
 from mortice.core.synth.model import synth_model
 from mortice.core.testing.tiny_models import write_tiny_model
-from mortice.plugins.executors.cuda import build, executor
+from mortice.plugins.executors.cuda import build, tuning
 from mortice.plugins.executors.cuda.device import Device, open_device
 from mortice.plugins.executors.cuda.executor import CudaExecutor
 from mortice.plugins.executors.cuda.kernels import compile_kernels
@@ -227,7 +227,7 @@ def test_kernels_are_compiled_once_and_before_there_is_memory_for_weights(
 
         return call
 
-    monkeypatch.setattr(executor, "compile_kernels", noted("compile", compile_kernels))
+    monkeypatch.setattr(tuning, "compile_kernels", noted("compile", compile_kernels))
     monkeypatch.setattr(CudaExecutor, "allocate", noted("allocate", CudaExecutor.allocate))
     with load(path, "cuda"):
         assert calls == ["compile", "allocate"]

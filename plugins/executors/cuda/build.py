@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 
 from attrs import field, frozen
 
@@ -25,7 +26,7 @@ class Build:
     Attributes:
         kernels: the code of each source.
         compiled: how many were compiled.
-        cached: how many the cache had.
+        cached: how many the cache had, or who asked.
         seconds: how long it took.
         notes: what a person should know: a cache that cannot be written, headers of another version.
 
@@ -50,6 +51,7 @@ def compile_all(
     arch: str,
     *,
     cache: KernelCache | None = None,
+    known: Mapping[Source, Compiled] = MappingProxyType({}),
     workers: int | None = None,
     compiler: Compiler | None = None,
 ) -> Build:
@@ -62,6 +64,7 @@ def compile_all(
         sources: what.
         arch: a real architecture, for instance ``sm_90``.
         cache: where compiled code is kept; nowhere when not given.
+        known: code that is there already.
         workers: threads; as many as this process has cores when not given.
         compiler: from `find_compiler`; found when not given.
 
@@ -73,10 +76,10 @@ def compile_all(
     start = time.perf_counter()
     compiler = compiler or find_compiler()
     wanted = {source: cache_key(source, arch, compiler) for source in sources}
-    kernels: dict[Source, Compiled] = {}
+    kernels = {source: known[source] for source in wanted if source in known}
     if cache is not None:
         for source, key in wanted.items():
-            if (found := cache.get(key)) is not None:
+            if source not in kernels and (found := cache.get(key)) is not None:
                 kernels[source] = found
     cached = len(kernels)
     missing = sorted(

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 
@@ -22,9 +23,9 @@ from attrs import asdict, define, field
 from mortice.plugins.executors.cuda.nvrtc import Compiled, KernelResources, Source
 from mortice.plugins.executors.cuda.toolkit import Compiler
 
-__all__ = ["KernelCache", "cache_folder", "cache_key"]
+__all__ = ["KernelCache", "cache_folder", "cache_key", "write_whole"]
 
-_FORMAT = 1
+_FORMAT = 2
 _ABANDONED_SECONDS = 3600.0
 """A temporary file this old belongs to a process that died."""
 _TRIM_TO = 0.9
@@ -40,8 +41,34 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
 
 def cache_key(source: Source, arch: str, compiler: Compiler) -> str:
     """SHA-256 in hex of all that decides the machine code; where mortice and the headers are installed does not."""
-    parts = [_FORMAT, source.name, source.text, source.flags, arch, compiler.identity]
+    parts = [_FORMAT, source.name, _digest(source.text), source.flags, arch, compiler.identity]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@lru_cache(maxsize=128)
+def _digest(text: str) -> str:
+    """Many sources differ in their constants only, and each is asked for several times."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, and its folder where there is none; it appears complete or not at all.
+
+    Raises:
+        OSError: when that fails; nothing is left behind.
+
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(content)
+        temporary.replace(path)
+    except OSError:
+        if temporary is not None:
+            _remove(temporary)
+        raise
 
 
 @define(eq=False)
@@ -82,16 +109,9 @@ class KernelCache:
         """Keep an entry; when that fails, `notes` says why."""
         payload = _pack(compiled)
         digest = hashlib.sha256(payload).hexdigest().encode()
-        temporary = None
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".", suffix=".tmp", delete=False) as file:
-                temporary = Path(file.name)
-                file.write(digest + b"\n" + payload)
-            temporary.replace(self._path(key))
+            write_whole(self._path(key), digest + b"\n" + payload)
         except OSError as error:
-            if temporary is not None:
-                _remove(temporary)
             self._note(f"compiled kernels are not kept: {self.folder}: {error.strerror or error}")
 
     def trim(self) -> None:

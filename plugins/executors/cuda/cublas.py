@@ -12,7 +12,7 @@ from attrs import define, field, frozen
 from mortice.core.errors import DeviceError
 from mortice.plugins.executors.cuda.stream import Stream
 
-__all__ = ["WORKSPACE_BYTES", "Blas", "Gemm", "find_cublas"]
+__all__ = ["WORKSPACE_BYTES", "Blas", "Gemm", "cublas_version", "find_cublas"]
 
 WORKSPACE_BYTES = 32 << 20
 """Device memory lent to cuBLAS; its manual ("cublasSetWorkspace") recommends this much for compute capability 9.0."""
@@ -37,6 +37,17 @@ def find_cublas() -> Any | None:
     except pathfinder.DynamicLibNotFoundError:
         return None
     return ctypes.CDLL(path)
+
+
+def cublas_version(library: Any) -> str:
+    """The version of a library that `find_cublas` found: ``13.0.2``."""
+    number, parts = _Int(), []
+    for part in range(3):  # libraryPropertyType: major, minor, patch
+        code = library.cublasGetProperty(_Int(part), ctypes.byref(number))
+        if code:
+            raise DeviceError(f"cublasGetProperty: status {code} (cublasStatus_t)")
+        parts.append(str(number.value))
+    return ".".join(parts)
 
 
 @frozen(kw_only=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from types import MappingProxyType
 
 from attrs import evolve, frozen
 
@@ -27,6 +28,7 @@ class Kernels:
         choose: what chooses tokens.
         build: the code of every source.
         repacks: the code that lays the weights out.
+        beside: code of other sources that was asked for.
 
     """
 
@@ -35,6 +37,7 @@ class Kernels:
     choose: Source
     build: Build
     repacks: Mapping[Source, Compiled]
+    beside: Mapping[Source, Compiled] = MappingProxyType({})
 
     @property
     def launches(self) -> list[LaunchSpec]:
@@ -42,8 +45,16 @@ class Kernels:
         return _own(self.specs)
 
 
-def compile_kernels(lowering: Lowering, arch: str) -> Kernels:
+def compile_kernels(
+    lowering: Lowering, arch: str, *, beside: Set[Source] = frozenset(), known: Kernels | None = None
+) -> Kernels:
     """Compile everything that runs a program, in parallel, as far as the cache on disk does not have it.
+
+    Args:
+        lowering: of the program.
+        arch: a real architecture, for instance ``sm_90``.
+        beside: sources that are wanted as well.
+        known: kernels of another lowering, whose code need not be made again.
 
     Raises:
         CompileError: as `compile_all` does.
@@ -54,7 +65,8 @@ def compile_kernels(lowering: Lowering, arch: str) -> Kernels:
     choose = lowering.sources.choose(lowering.plan.program.vocab_size)
     sources = {spec.source for spec in _own(specs)} | {choose}
     repacks = repack_sources(lowering.plan)
-    build = compile_all(sources | repacks, arch, cache=KernelCache())
+    had = {**known.build.kernels, **known.repacks, **known.beside} if known is not None else {}
+    build = compile_all(sources | repacks | beside, arch, cache=KernelCache(), known=had)
     code = build.kernels
     return Kernels(
         lowering=lowering,
@@ -62,6 +74,7 @@ def compile_kernels(lowering: Lowering, arch: str) -> Kernels:
         choose=choose,
         build=evolve(build, kernels={source: code[source] for source in sources}),
         repacks={source: code[source] for source in repacks},
+        beside={source: code[source] for source in beside},
     )
 
 

@@ -1,6 +1,6 @@
 """How linear maps of many rows are cut up: rows a pass, slices of columns, pieces of weights, and memory for them.
 
-Three ways to multiply, by the rows of a step (`RowPath`): ``ops/gemv.cu`` for one row, and wherever float32 must be
+Three ways to multiply, by the rows of a step (`RowPath`): ``ops/gemv.cu`` for one row, and where float32 must be
 exact; kernels that expand weights in registers for tensor cores, for some: ``ops/matmul_ring.cu`` where card and shapes
 allow (`ring_shape`), else ``ops/matmul.cu``; a weight expanded to halves in a bounded scratch and cuBLAS for many. How
 much memory that takes does not depend on the types of weights, so `fit` can ask before any is read.
@@ -8,7 +8,8 @@ much memory that takes does not depend on the types of weights, so `fit` can ask
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Literal
 
 from attrs import frozen
@@ -29,6 +30,7 @@ __all__ = [
     "Slices",
     "attention_tile",
     "input_threads",
+    "joint_scratch",
     "matmul_scratch",
     "pieces_of",
     "row_path",
@@ -45,8 +47,8 @@ STEP = 128
 """Columns of a step of ``ops/matmul.cu``: a chunk of 32 for each lane of four."""
 
 GEMM_FROM_ROWS = 129
-"""Rows from which expanding weights to memory and cuBLAS is faster than ``ops/matmul.cu``: measured, see
-docs/design/prefill-performance.md."""
+"""Rows from which expanding weights to memory and cuBLAS is faster than ``ops/matmul.cu``: measured on an H100, see
+docs/design/prefill-performance.md. `mortice.plugins.executors.cuda.crossovers` finds the card's own."""
 
 JOIN_COLUMNS = 20480
 """Widest row whose products ``ops/matmul_input.cu`` can finish without running out of registers."""
@@ -127,11 +129,13 @@ class RowPath:
         kind: see the module.
         rows: rows of a pass of ``ops/gemv.cu`` or ``ops/matmul.cu``; for cuBLAS those of the passes of maps that need
             float32.
+        least: the fewest rows of a step that goes this way.
 
     """
 
     kind: Literal["gemv", "matmul", "gemm"]
     rows: int
+    least: int
 
     @property
     def tile(self) -> MatmulTile:
@@ -242,27 +246,24 @@ def rows_at_once(step_tokens: int, *, exact: bool, cublas: bool) -> int:
     return step_tokens if cublas or exact else min(step_tokens, _MATMUL_ROWS)
 
 
-def row_paths(rows: int, *, exact: bool, cublas: bool) -> tuple[RowPath, ...]:
+def row_paths(rows: int, *, exact: bool, cublas: bool, gemm_from_rows: int = GEMM_FROM_ROWS) -> tuple[RowPath, ...]:
     """The ways that steps of up to `rows` rows go; by rising numbers of rows."""
+    paths = [RowPath(kind="gemv", rows=1, least=1)]
     if exact:
-        return (RowPath(kind="gemv", rows=1), RowPath(kind="gemv", rows=GEMV_PASS))
-    paths = [RowPath(kind="gemv", rows=1)]
+        return (*paths, RowPath(kind="gemv", rows=GEMV_PASS, least=2))
     least = 2
     for tile in MATMUL_TILES:
-        if rows >= least:
-            paths.append(RowPath(kind="matmul", rows=tile.rows))
+        paths.append(RowPath(kind="matmul", rows=tile.rows, least=least))
         least = tile.rows + 1
-    if cublas and rows >= GEMM_FROM_ROWS:
-        paths.append(RowPath(kind="gemm", rows=GEMV_PASS))
-    return tuple(paths)
+    if cublas:
+        paths = [path for path in paths if path.least < gemm_from_rows]
+        paths.append(RowPath(kind="gemm", rows=GEMV_PASS, least=gemm_from_rows))
+    return tuple(path for path in paths if path.least <= rows)
 
 
 def row_path(paths: Sequence[RowPath], rows: int) -> RowPath:
     """The way that a step of `rows` rows goes."""
-    if paths[-1].kind == "gemm" and rows >= GEMM_FROM_ROWS:
-        return paths[-1]
-    products = [path for path in paths if path.kind != "gemm"]
-    return next((path for path in products if path.rows >= rows), products[-1])
+    return max((path for path in paths if path.least <= rows), key=lambda path: path.least)
 
 
 def units_of(outputs: Sequence[int], tile: MatmulTile) -> int:
@@ -283,9 +284,10 @@ def matmul_scratch(
 
     """
     inputs = products = weights = most_rows = 0
-    for group, rows in groups:
-        by_gemm = row_path(paths, rows).kind == "gemm"
-        most = min(rows, GEMM_FROM_ROWS - 1) if by_gemm else rows
+    for group, rows in _different(groups):
+        last = row_path(paths, rows)
+        by_gemm = last.kind == "gemm"
+        most = min(rows, last.least - 1) if by_gemm else rows
         most_rows = max(most_rows, rows)
         columns = group.linears[0].weight.columns
         outputs = [linear.weight.rows for linear in group.linears]
@@ -304,7 +306,27 @@ def matmul_scratch(
             largest = max(sum(piece.rows for piece in lot) for lot in pieces_of(group))
             weights = max(weights, 2 * largest * columns)
             products = max(products, 4 * rows * largest)
-    sizes = (inputs, 4 * most_rows if inputs else 0, products, weights, cublas_bytes if weights else 0)
+    return _scratch((inputs, 4 * most_rows if inputs else 0, products, weights, cublas_bytes if weights else 0))
+
+
+def _different(groups: Sequence[tuple[LinearGroup, int]]) -> Iterable[tuple[LinearGroup, int]]:
+    """Of groups whose products take equal memory the first; layers are alike."""
+    first: dict[tuple[int, bool, tuple[tuple[int, int], ...]], tuple[LinearGroup, int]] = {}
+    for group, rows in groups:
+        weights = tuple((linear.weight.rows, linear.weight.columns) for linear in group.linears)
+        first.setdefault((rows, group.gated is not None, weights), (group, rows))
+    return first.values()
+
+
+def joint_scratch(scratches: Sequence[MatmulScratch]) -> MatmulScratch:
+    """One that serves wherever any of those does."""
+    starts = [(each.inputs, each.scales, each.products, each.weights, each.blas, each.nbytes) for each in scratches]
+    sizes = [[stop - start for start, stop in pairwise(each)] for each in starts]
+    return _scratch([max(each) for each in zip(*sizes, strict=True)])
+
+
+def _scratch(sizes: Sequence[int]) -> MatmulScratch:
+    """Inputs, scales, products, weights and cuBLAS's own, one after the other."""
     starts = [0]
     for size in sizes:
         starts.append(-(-(starts[-1] + size) // _ALIGNMENT) * _ALIGNMENT)

@@ -11,7 +11,14 @@ from mortice.core.model.program import Program
 from mortice.plugins.executors.cuda.attend_rows import LEAST_WARPS
 from mortice.plugins.executors.cuda.cublas import WORKSPACE_BYTES
 from mortice.plugins.executors.cuda.fusion import Group, LinearGroup, PlaceGroup, fuse
-from mortice.plugins.executors.cuda.matmul import GEMV_PASS, matmul_scratch, row_paths
+from mortice.plugins.executors.cuda.matmul import (
+    GEMM_FROM_ROWS,
+    GEMV_PASS,
+    MatmulScratch,
+    joint_scratch,
+    matmul_scratch,
+    row_paths,
+)
 from mortice.plugins.executors.cuda.workspace import Workspace, place_buffers
 
 __all__ = [
@@ -20,6 +27,7 @@ __all__ = [
     "attention_splits",
     "linear_groups",
     "matmul_bytes",
+    "place_products",
     "place_program",
     "row_splits",
     "scratch_bytes",
@@ -89,12 +97,33 @@ def linear_groups(groups: Sequence[Group], rows: int) -> list[tuple[LinearGroup,
     return found
 
 
+def place_products(
+    groups: Sequence[Group],
+    sm_count: int,
+    rows: int,
+    *,
+    exact: bool,
+    cublas: bool,
+    gemm_from: Sequence[int] = (GEMM_FROM_ROWS,),
+) -> MatmulScratch:
+    """What products of up to `rows` rows work in, from whichever of the numbers `gemm_from` on by cuBLAS."""
+    linears = linear_groups(groups, rows)
+    paths = (row_paths(rows, exact=exact, cublas=cublas, gemm_from_rows=each) for each in gemm_from)
+    return joint_scratch([matmul_scratch(linears, each, sm_count, WORKSPACE_BYTES) for each in paths])
+
+
 @lru_cache(maxsize=_PROGRAMS_KEPT)
-def matmul_bytes(program: Program, sm_count: int, rows: int, *, exact: bool, cublas: bool) -> int:
-    """Bytes that products of up to `rows` rows work in."""
-    groups = linear_groups(_fused(program), rows)
-    paths = row_paths(rows, exact=exact, cublas=cublas)
-    return matmul_scratch(groups, paths, sm_count, WORKSPACE_BYTES).nbytes
+def matmul_bytes(
+    program: Program,
+    sm_count: int,
+    rows: int,
+    *,
+    exact: bool,
+    cublas: bool,
+    gemm_from: Sequence[int] = (GEMM_FROM_ROWS,),
+) -> int:
+    """Bytes of `place_products`."""
+    return place_products(_fused(program), sm_count, rows, exact=exact, cublas=cublas, gemm_from=gemm_from).nbytes
 
 
 def attention_splits(program: Program, sm_count: int) -> int:

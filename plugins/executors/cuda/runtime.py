@@ -22,27 +22,24 @@ from mortice.core.text.params import GenerationParams, SamplingParams
 from mortice.core.text.sampling import Sampled
 from mortice.plugins.executors.cuda.bandwidth import measure_read_bandwidth
 from mortice.plugins.executors.cuda.choosing import TOP_LIMIT, TokenChooser, check_bias
-from mortice.plugins.executors.cuda.cublas import Blas, find_cublas
 from mortice.plugins.executors.cuda.decoder import Decoder
 from mortice.plugins.executors.cuda.device import Device
 from mortice.plugins.executors.cuda.graphs import StepGraphs
 from mortice.plugins.executors.cuda.kernels import Kernels
 from mortice.plugins.executors.cuda.kv_pool import CudaSequence
-from mortice.plugins.executors.cuda.launches import GemmSpec, LaunchSpec, Queued, Spec
+from mortice.plugins.executors.cuda.launches import Addresses, Queued, Spec
+from mortice.plugins.executors.cuda.loaded import LoadedKernels
 from mortice.plugins.executors.cuda.lowering import Lowering
-from mortice.plugins.executors.cuda.module import Function, Launch
-from mortice.plugins.executors.cuda.nvrtc import Source
+from mortice.plugins.executors.cuda.module import Launch
 from mortice.plugins.executors.cuda.placing import LOGIT_ROWS
 from mortice.plugins.executors.cuda.rows import MAX_SEQUENCES, Row, RowTable
 from mortice.plugins.executors.cuda.runtime_memory import RuntimeMemory
 from mortice.plugins.executors.cuda.step_choices import CudaChoice, StepChoices
 from mortice.plugins.executors.cuda.stream import Event, GraphExec, Stream
 from mortice.plugins.executors.cuda.tracing import Part, profile, trace
+from mortice.plugins.executors.cuda.tuning import choices_of
 
 __all__ = ["CudaRuntime"]
-
-_WHOLE_SHARED_ROWS = 1
-"""Steps of up to so many rows want multiprocessors with as much shared memory as they have; see `Function.prepare`."""
 
 
 @define(eq=False)
@@ -56,7 +53,6 @@ class CudaRuntime(PagedRuntime[CudaSequence]):
     kernels: Kernels
     _closed: bool = field(default=False, init=False, repr=False)
     _plans: dict[tuple[Part, int], list[Queued]] = field(factory=dict, init=False, repr=False)
-    _asked: dict[tuple[Source, str, int], tuple[Function, int, int]] = field(factory=dict, init=False, repr=False)
     _choices: dict[int, list[Launch]] = field(factory=dict, init=False, repr=False)
     epoch: int = field(default=0, init=False)
     """Counts the steps that wrote the rows anew; whoever launched ahead sees by it that they are no longer its own."""
@@ -72,19 +68,14 @@ class CudaRuntime(PagedRuntime[CudaSequence]):
         device, kernels, program = self.device, self.kernels, self.model.plan.program
         self.lowering = lowering = kernels.lowering
         device.make_current()
-        self._modules = {
-            source: undo.enter_context(closing(device.load(code.cubin)))
-            for source, code in kernels.build.kernels.items()
-        }
-        self._functions = {
-            (spec.source, spec.entry): self._modules[spec.source].function(spec.entry) for spec in kernels.launches
-        }
         self.stream = undo.enter_context(closing(device.new_stream()))
-        self.memory = RuntimeMemory(device, self.stream, lowering, self.model, self.settings)
-        undo.callback(self.memory.close)
-        self.chooser = TokenChooser(
-            device, self.stream, self._modules[kernels.choose], program.vocab_size, self.settings.context_length
-        )
+        self.memory = memory = RuntimeMemory(device, self.stream, lowering, self.model, self.settings)
+        undo.callback(memory.close)
+        blas_workspace = memory.addresses.matmul + lowering.scratch.blas
+        self._loaded = LoadedKernels(device, self.stream, kernels.build.kernels, blas_workspace)
+        undo.callback(self._loaded.close)
+        choose = self._loaded.modules[kernels.choose]
+        self.chooser = TokenChooser(device, self.stream, choose, program.vocab_size, self.settings.context_length)
         undo.callback(self.chooser.close)
         self.pool = PagePool(page_count(self.settings.cache_tokens), self.settings.prefix_cache)
         self._slots = list(range(MAX_SEQUENCES - 1, -1, -1))
@@ -94,9 +85,7 @@ class CudaRuntime(PagedRuntime[CudaSequence]):
 
     _undo: ExitStack = field(init=False, repr=False)
     lowering: Lowering = field(init=False)
-    _modules: dict[Any, Any] = field(init=False, repr=False)
-    _functions: dict[Any, Any] = field(init=False, repr=False)
-    _blas: Blas | None = field(default=None, init=False, repr=False)
+    _loaded: LoadedKernels = field(init=False, repr=False)
     stream: Any = field(init=False, repr=False)
     memory: RuntimeMemory = field(init=False, repr=False)
     pool: PagePool = field(init=False, repr=False)
@@ -243,51 +232,11 @@ class CudaRuntime(PagedRuntime[CudaSequence]):
         return self.kernels.specs[self.lowering.path(rows)][0 if part == "body" else 1]
 
     def _prepare(self, part: Part, rows: int) -> list[Queued]:
-        specs = self._specs_of(part, rows)
-        pdl = self.device.properties.compute_capability >= (9, 0)
-        launches: list[Queued] = []
-        for spec in specs:
-            if isinstance(spec, GemmSpec):
-                launches.append(self._opened_blas().prepare(spec.gemm(self.memory.addresses, rows)))
-                continue
-            function, shared, at_once = self._kernel(spec)
-            launches.append(
-                function.prepare(
-                    spec.grid(rows, at_once),
-                    spec.block,
-                    spec.args(self.memory.addresses, rows),
-                    dynamic_shared=shared,
-                    pdl=pdl,
-                    whole_shared=pdl and rows <= _WHOLE_SHARED_ROWS,
-                )
-            )
-        return launches
+        return self.queue(self._specs_of(part, rows), rows, self.memory.addresses)
 
-    def _opened_blas(self) -> Blas:
-        """cuBLAS, brought up when the first step needs it."""
-        if self._blas is None:
-            library = find_cublas()
-            assert library is not None, "the lowering has products by cuBLAS only where there is one"
-            self._blas = Blas(library, self.stream, self.memory.addresses.matmul + self.lowering.scratch.blas)
-        return self._blas
-
-    def _kernel(self, spec: LaunchSpec) -> tuple[Function, int, int]:
-        """A kernel, the dynamic shared memory it wants, and the blocks that the card runs at once."""
-        key = spec.source, spec.entry, spec.block
-        found = self._asked.get(key)
-        if found is None:
-            function, shared = self._functions[spec.source, spec.entry], self._shared_bytes(spec)
-            at_once = self.lowering.sm_count * max(1, function.blocks_per_sm(spec.block, shared))
-            found = self._asked[key] = function, shared, at_once
-        return found
-
-    def _shared_bytes(self, spec: LaunchSpec) -> int:
-        if not spec.shared_symbol:
-            return 0
-        number = np.empty(1, np.int32)
-        address, _ = self._modules[spec.source].symbol(spec.shared_symbol)
-        self.stream.read(number, address)
-        return int(number[0])
+    def queue(self, specs: Sequence[Spec], rows: int, addresses: Addresses) -> list[Queued]:
+        """Launches of a step of that many rows, ready to run."""
+        return self._loaded.queue(specs, rows, addresses)
 
     def profile(self, parts: Sequence[StepPart]) -> list[tuple[str, float]]:
         """See `tracing.profile`."""
@@ -380,6 +329,10 @@ class CudaRuntime(PagedRuntime[CudaSequence]):
             self.rows.send_pages(sequence, self.stream)
         graph.launch(self.stream)
 
+    def measured_choices(self) -> dict[str, str]:
+        """See `Tuned`."""
+        return choices_of(self.lowering)
+
     def code_hashes(self) -> dict[str, str]:
         """See `Identified`: of the machine code, so that another compiler or card shows, too."""
         return self.kernels.build.hashes()
@@ -390,7 +343,5 @@ class CudaRuntime(PagedRuntime[CudaSequence]):
             self.device.make_current()
             self.clear_decode_graph()
             self.stream.synchronize()
-            if self._blas is not None:
-                self._blas.close()
             self._undo.close()
         self.model.resident.close()

@@ -15,11 +15,12 @@ from mortice.core.model.rope import rope_frequencies
 from mortice.core.plugin.interfaces import RuntimeSettings
 from mortice.core.plugin.kv_pages import page_count
 from mortice.plugins.executors.cuda.choosing import choice_bytes
+from mortice.plugins.executors.cuda.crossovers import gemm_thresholds
 from mortice.plugins.executors.cuda.device import Device
 from mortice.plugins.executors.cuda.kv_pool import kv_pool_bytes, page_bytes
 from mortice.plugins.executors.cuda.launches import Addresses, rope_key
 from mortice.plugins.executors.cuda.lowering import Lowering
-from mortice.plugins.executors.cuda.matmul import row_paths, rows_at_once
+from mortice.plugins.executors.cuda.matmul import rows_at_once
 from mortice.plugins.executors.cuda.memory import HostBuffer
 from mortice.plugins.executors.cuda.placing import LOGIT_ROWS, matmul_bytes, place_program, scratch_bytes
 from mortice.plugins.executors.cuda.rows import MAX_SEQUENCES, RowTable
@@ -42,9 +43,10 @@ def runtime_bytes(program: Program, settings: RuntimeSettings, sm_count: int, *,
     ropes = {rope_key(o): 8 * (o.dims // 2) for o in program.operators if isinstance(o, op.Rope)}
     choice = choice_bytes(program.vocab_size, settings.context_length, sm_count)
     scratch = sum(scratch_bytes(program, sm_count, most))
-    scratch += matmul_bytes(program, sm_count, most, exact=exact, cublas=cublas)
+    gemm_from = gemm_thresholds(settings)
+    scratch += matmul_bytes(program, sm_count, most, exact=exact, cublas=cublas, gemm_from=gemm_from)
     driver = CODE_BYTES
-    if any(path.kind == "gemm" for path in row_paths(most, exact=exact, cublas=cublas)):
+    if cublas and not exact and most >= min(gemm_from):
         driver += CUBLAS_BYTES
     return workspace.nbytes + scratch + rows + sum(ropes.values()) + choice + driver
 

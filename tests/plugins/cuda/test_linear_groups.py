@@ -47,6 +47,7 @@ class Card:
 
     folder: Path
     rows: int
+    gemm_from_rows: int
     rng: np.random.Generator = field(factory=lambda: np.random.default_rng(3))
     planned: dict[WeightRef, PlannedWeight] = field(factory=dict)
     values: dict[WeightRef | Buffer, Wide] = field(factory=dict)
@@ -81,7 +82,7 @@ class Card:
         for buffer in sorted(buffers, key=lambda buffer: buffer.name):
             offsets[buffer] = end
             end += -(-4 * self.rows * buffer.width // 256) * 256
-        paths = matmul.row_paths(self.rows, exact=False, cublas=True)
+        paths = matmul.row_paths(self.rows, exact=False, cublas=True, gemm_from_rows=self.gemm_from_rows)
         scratch = matmul.matmul_scratch([(group, self.rows) for group in groups], paths, SM_COUNT, 0)
         workspace, work = (np.full(nbytes + 256, POISON, np.uint8) for nbytes in (end, scratch.nbytes))
         starts = {name: array.ctypes.data + -array.ctypes.data % 256 for name, array in (("w", workspace), ("m", work))}
@@ -164,16 +165,14 @@ WAYS = pytest.mark.parametrize(
 
 
 @pytest.fixture
-def gemm_from(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
-    """cuBLAS for any number of rows, or for none."""
-    monkeypatch.setattr(matmul, "GEMM_FROM_ROWS", 1000 if way == "matmul" else 2)
+def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rows: int, way: str) -> Card:
+    """One with cuBLAS for any number of rows, or for none."""
     monkeypatch.setattr(matmul, "WEIGHT_SCRATCH", 2 * 256 * (256 if way == "gemm, small lots" else 4096))
+    return Card(tmp_path, rows, gemm_from_rows=1000 if way == "matmul" else 2)
 
 
-@pytest.mark.usefixtures("gemm_from")
 @WAYS
-def test_maps_of_one_normed_input_with_biases(tmp_path: Path, rows: int, way: str) -> None:
-    card = Card(tmp_path, rows)
+def test_maps_of_one_normed_input_with_biases(card: Card, rows: int, way: str) -> None:
     source = card.input("x", 256)
     weight = card.vector("norm.weight", 256)
     norm = Norm(name="norm", src=source, out=Buffer(name="n", width=256), type="rms", eps=1e-5, weight=weight)
@@ -192,10 +191,8 @@ def test_maps_of_one_normed_input_with_biases(tmp_path: Path, rows: int, way: st
         near(values, n @ matrix.T + (card.values[bias.weight] if bias else 0.0), spread(n, matrix))
 
 
-@pytest.mark.usefixtures("gemm_from")
 @WAYS
-def test_a_layers_end_is_finished_where_the_next_one_begins(tmp_path: Path, rows: int, way: str) -> None:
-    card = Card(tmp_path, rows)
+def test_a_layers_end_is_finished_where_the_next_one_begins(card: Card, rows: int, way: str) -> None:
     source, residual = card.input("x", 256), card.input("r", 256)
     card.values[source] *= 1e-4  # so that the gate is neither open nor shut
     gate, up = card.linear("gate", source, 288, "Q4_0"), card.linear("up", source, 288, "IQ4_NL")

@@ -16,9 +16,10 @@ from mortice.core.model.weight_plan import WeightPlan, plan_weights
 from mortice.core.stages import open_file, validate_opened
 from mortice.core.testing.tiny_models import write_tiny_model
 from mortice.plugins.executors.cuda import matmul
+from mortice.plugins.executors.cuda.crossovers import GEMM_CANDIDATES, RowCrossovers
 from mortice.plugins.executors.cuda.cublas import WORKSPACE_BYTES
 from mortice.plugins.executors.cuda.executor import CudaExecutor
-from mortice.plugins.executors.cuda.fusion import LinearGroup, PlaceGroup
+from mortice.plugins.executors.cuda.fusion import Group, LinearGroup, PlaceGroup
 from mortice.plugins.executors.cuda.launches import Addresses, GemmSpec, LaunchSpec, StepRows, rope_key
 from mortice.plugins.executors.cuda.lowering import Lowering
 from mortice.plugins.executors.cuda.matmul import (
@@ -44,7 +45,10 @@ SIZES = {"hidden_size": 512, "ffn_size": 1792, "num_heads": 8, "num_kv_heads": 2
 
 
 def lowering(
-    folder: Path, qtypes: str = "Q8_0", sizes: Mapping[str, int] = MappingProxyType({}), **options: Any
+    folder: Path,
+    qtypes: str | Mapping[str, str] = "Q8_0",
+    sizes: Mapping[str, int] = MappingProxyType({}),
+    **options: Any,
 ) -> Lowering:
     path = write_tiny_model(folder / "model.gguf", CONTRACTS["llama"], qtypes=qtypes, sizes={**SIZES, **sizes})
     executor = CudaExecutor()
@@ -139,19 +143,40 @@ def test_every_output_is_in_one_piece(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("rows", [1, 2, 8, 9, 33, GEMM_FROM_ROWS - 1, GEMM_FROM_ROWS, ROWS])
 def test_what_products_work_in_is_inside_its_memory(tmp_path: Path, rows: int, rings: bool) -> None:
     of = lowering(tmp_path, bulk_copies=rings, sizes={"ffn_size": 8192} if rings else {})
-    at, scratch = addresses(of), of.scratch
+    seen = _places_worked_in(of, rows)
+    wanted: dict[str, set[str]] = {"gemv": set(), "matmul": {"inputs", "scales", "products"}}
+    if rings and rows <= RING_ROWS:
+        wanted["matmul"] = {"products"}  # of rows that are two tiles long
+    assert seen == wanted.get(of.path(rows).kind, {"inputs", "scales", "products", "weights"})
+
+
+@pytest.mark.parametrize("gemm_from_rows", GEMM_CANDIDATES)
+def test_one_memory_serves_products_by_cublas_from_wherever_they_begin(tmp_path: Path, gemm_from_rows: int) -> None:
+    of = lowering(
+        tmp_path,
+        crossovers=RowCrossovers(gemm_from_rows=gemm_from_rows),
+        other_gemm_from=(GEMM_CANDIDATES[0], GEMM_CANDIDATES[-1]),
+    )
+    for rows in (gemm_from_rows - 1, gemm_from_rows, ROWS):
+        places = _places_worked_in(of, rows)
+        assert ("weights" in places) == (rows >= gemm_from_rows)
+    told = matmul_bytes(
+        of.plan.program, SM_COUNT, ROWS, exact=False, cublas=True, gemm_from=(GEMM_CANDIDATES[0], GEMM_CANDIDATES[-1])
+    )
+    assert told == of.scratch.nbytes
+
+
+def _places_worked_in(of: Lowering, rows: int) -> set[str]:
+    """What a step works in, each inside its own memory."""
+    at, scratch, seen = addresses(of), of.scratch, set()
     body, head = of.launches(of.path(rows))
     ends = dict(zip(("inputs", "scales", "products", "weights", "blas"), _ends(scratch), strict=True))
-    seen = set()
     for spec, count in [*((spec, rows) for spec in body), *((spec, min(rows, LOGIT_ROWS)) for spec in head)]:
         for name, start, nbytes in _worked_in(spec, at, count):
             seen.add(name)
             assert getattr(scratch, name) <= start - at.matmul
             assert start - at.matmul + nbytes <= ends[name], (spec.name, spec.label, name)
-    wanted: dict[str, set[str]] = {"gemv": set(), "matmul": {"inputs", "scales", "products"}}
-    if rings and rows <= RING_ROWS:
-        wanted["matmul"] = {"products"}  # of rows that are two tiles long
-    assert seen == wanted.get(of.path(rows).kind, {"inputs", "scales", "products", "weights"})
+    return seen
 
 
 def _ends(scratch: matmul.MatmulScratch) -> Sequence[int]:
@@ -220,12 +245,17 @@ def test_weights_in_float32_are_never_rounded_to_halves(tmp_path: Path) -> None:
     assert not {"matmul", "dequantise"} & entries
 
 
+def kind(group: Group) -> str:
+    return "place" if isinstance(group, PlaceGroup) else group.operators[0].kind
+
+
 def test_each_launch_that_ends_a_group_says_what_it_completed(tmp_path: Path) -> None:
     of = lowering(tmp_path)
     for path in of.paths:
-        one_row = path.kind == "gemv" and path.rows == 1  # Q in its place is never written: attention takes it along
-        groups = [group for group in of.groups if not (one_row and isinstance(group, PlaceGroup))]
-        wanted = [buffer for group in groups for buffer in group.outputs]
+        # of one row, Q in its place is never written: attention takes it along; its result may be left in several runs
+        one_row = path.kind == "gemv" and path.rows == 1
+        kinds = {"place", "attention"} if one_row else set()
+        wanted = [buffer for group in of.groups if kind(group) not in kinds for buffer in group.outputs]
         body, head = of.launches(path)
         told = [buffer for spec in (*body, *head) for buffer in spec.outputs]
         assert told == wanted[: len(told)]
@@ -257,6 +287,14 @@ def test_runs_of_rows_attend_together_unless_the_cache_is_exact(tmp_path: Path, 
         together = [spec for spec in of.launches(path)[0] if spec.label == "attention of runs"]
         expected = kv_type != "f32" and (path.kind == "gemm" or path.rows > PARTIAL_ROWS)
         assert bool(together) == expected, path
+
+
+@pytest.mark.parametrize("quantize", [True, False])
+def test_rows_attend_in_halves_only_where_activations_are_rounded(tmp_path: Path, quantize: bool) -> None:
+    of = lowering(tmp_path, quantize_activations=quantize)
+    body, _ = of.launches(of.path(8))
+    in_float32 = "attention" in {spec.entry for spec in body if isinstance(spec, LaunchSpec)}
+    assert in_float32 == (not quantize)
 
 
 @pytest.mark.parametrize(
