@@ -25,6 +25,13 @@ Noise of 2e-7 on the reference's K and V moved the worst of 50 positions by up t
 left most as they were.
 """
 
+HALVES: Mapping[str, tuple[float, float]] = {"f16": (1e-5, 2e-6), "q8_0": (2e-4, 4e-5)}
+"""The same where tensor cores attend, which multiply halves.
+
+Q, the weights of the values, and what a cache of q8_0 holds, rounded to halves in the reference, moved the worst of 50
+positions of these models by up to 1.9e-6 (f16) and 6.2e-5 (q8_0), the median one by 5e-7 and 1.2e-5.
+"""
+
 MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "place and attention": ("qwen3", {"head_dim": 64, "num_heads": 6, "num_kv_heads": 2}),
     "heads of 96": ("llama", {"hidden_size": 384, "num_heads": 4, "num_kv_heads": 1}),
@@ -51,6 +58,40 @@ def test_prefill_and_decode_equal_the_reference(path: Path, kv: str) -> None:
             errors = [error(session.feed([ids[position]])[0], wanted[position]) for position in range(120, 170)]
         assert max(errors) < worst, errors.index(max(errors))
         assert np.median(errors) < median
+
+
+@pytest.mark.parametrize("kv", HALVES)
+@pytest.mark.parametrize("name", MODELS)
+def test_tensor_cores_attend_as_exactly_as_halves_allow(tmp_path: Path, name: str, kv: str) -> None:
+    family, sizes = MODELS[name]
+    path = write_tiny_model(tmp_path / "model.gguf", CONTRACTS[family], qtypes="F32", sizes=sizes)
+    kinds: dict[str, Any] = {"kv": kv, "activations": "int8"}  # which weights in F32 are not multiplied with
+    with load(path, "reference", kv=kv) as reference, load(path, "cuda", **kinds) as cuda:
+        ids = prompt(reference, 170)
+        wanted = reference.logits(ids)
+        worst, median = HALVES[kv]
+        for at_once in (170, 34, 5):  # runs of rows together, a few rows and some by themselves, rows by themselves
+            with cuda.session() as session:
+                found = np.concatenate(
+                    [session.feed(ids[start : start + at_once], logits="all") for start in range(0, 170, at_once)]
+                )
+            errors = [error(*pair) for pair in zip(found[120:], wanted[120:], strict=True)]
+            assert max(errors) < worst, (at_once, errors.index(max(errors)))
+            assert np.median(errors) < median, at_once
+
+
+@pytest.mark.parametrize("heads", [32, 4])
+@pytest.mark.parametrize("kv", SAME)
+def test_a_long_context_is_attended_by_few_blocks_or_by_many(tmp_path: Path, kv: str, heads: int) -> None:
+    # of 32 heads, a block attends to more pages than it holds; of 4, more blocks to one than the next launch joins
+    sizes = {"head_dim": 64, "num_heads": heads, "num_kv_heads": heads, "context_length": 4096}
+    path = write_tiny_model(tmp_path / "model.gguf", CONTRACTS["qwen3"], qtypes="Q8_0", sizes=sizes)
+    with load(path, "reference", kv=kv, context=2304) as reference, load(path, "cuda", kv=kv, context=2304) as cuda:
+        ids = prompt(reference, 2205)
+        with reference.session() as ours, cuda.session() as theirs:
+            parts = ids[:2200], *([token] for token in ids[2200:])
+            found, wanted = ([session.feed(part)[0] for part in parts] for session in (theirs, ours))
+        assert max(map(error, found, wanted)) < SAME[kv][0]
 
 
 def test_q8_0_is_close_to_float32_and_not_the_same(path: Path) -> None:

@@ -59,6 +59,7 @@ class FakeDriverApi:
             "cuDeviceGetName": (b"Pretence\0\0",),
             "cuDeviceGetUuid": (type("Uuid", (), {"bytes": bytes(16)}),),
             "cuDeviceGetAttribute": (9,),
+            "cuFuncGetAttribute": (0,),
             "cuDeviceTotalMem": (1000,),
             "cuDevicePrimaryCtxRetain": ("context",),
             "cuMemGetInfo": (600, 1000),

@@ -47,7 +47,7 @@ def for_tensor_cores(text: str) -> str:
     text = re.sub(
         r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];", r"\1* \2 = reinterpret_cast<\1*>(arena);", text
     )
-    return text.replace("load<GlobalStream", "load<SharedTile")
+    return text.replace("<GlobalStream", "<SharedTile")
 
 
 def pointer(array: NDArray[np.generic]) -> ctypes.c_void_p:

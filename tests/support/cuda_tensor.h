@@ -13,6 +13,7 @@ alignas(128) static thread_local unsigned char arena[256 << 10];
 inline unsigned min(unsigned a, int b) { return std::min(a, static_cast<unsigned>(b)); }
 
 inline uint4 __ldcg(const uint4* p) { return *p; }
+inline float2 __ldcg(const float2* p) { return *p; }
 
 struct __half2 { __half x, y; };
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
@@ -28,15 +29,6 @@ inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
                              std::fma(__half2float(a.y), __half2float(b.y), __half2float(c.y)));
 }
 
-// Byte i of the result is byte (selectors >> 4 * i & 7) of the eight in high:low.
-inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selectors) {
-    unsigned result = 0;
-    for (int i = 0; i < 4; ++i) {
-        const unsigned selector = selectors >> (4 * i) & 7u;
-        result |= ((selector & 4u ? high : low) >> (8 * (selector & 3u)) & 0xffu) << (8 * i);
-    }
-    return result;
-}
 inline int __ffs(unsigned word) { return __builtin_ffs(static_cast<int>(word)); }
 inline int __clz(unsigned word) { return word ? __builtin_clz(word) : 32; }
 

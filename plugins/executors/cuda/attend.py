@@ -6,30 +6,76 @@ import ctypes
 from collections.abc import Callable
 from typing import Any
 
+from attrs import frozen
+
 from mortice.core.model.kv_types import kv_cache_bytes
 from mortice.core.model.operators import Attention, Buffer
 from mortice.core.model.program import KvShape
 from mortice.core.plugin.kv_pages import PAGE_TOKENS
+from mortice.plugins.executors.cuda.attend_rows import rows_kernel
 from mortice.plugins.executors.cuda.fusion import PlaceGroup
 from mortice.plugins.executors.cuda.launches import Addresses, LaunchSpec, StepRows, rope_key
+from mortice.plugins.executors.cuda.linear_args import LeftArgs
 from mortice.plugins.executors.cuda.sources import KernelSources
 
-__all__ = ["attend", "attend_fits", "attend_threads"]
+__all__ = ["LeftRuns", "attend", "attend_fits", "attend_tensor", "attend_threads", "left_runs"]
 
 _MOST_PAGE_BYTES = 80 << 10
 """Of K and V, where a block has 99 KiB of shared memory."""
 
+_MANY_RUNS_COLUMNS = 2048
+"""Of a row whose reader has registers for many runs."""
+
+
+def attend_tensor(attention: Attention, kv_type: str) -> bool:
+    """Whether tensor cores attend, which here loses nothing: see ``ops/attend_tensor.cuh``."""
+    return kv_type == "f16" and rows_kernel(attention, kv_type, exact=False).name == "attention_rows"
+
 
 def attend_threads(attention: Attention, kv_type: str) -> int:
-    """Threads of a block: fewer than 512 where most would idle, or where 64 registers each are too few."""
-    values = attention.num_heads // attention.num_kv_heads * attention.head_dim
-    return 512 if values > 256 and not attention.softcap and kv_type != "q8_0" else 256
+    """Threads of a block.
+
+    On tensor cores eight warps attend, and each head is brought by a warp of its own if registers allow it. Else fewer
+    than 512 where most would idle, or where 64 registers each are too few.
+    """
+    group = attention.num_heads // attention.num_kv_heads
+    if attend_tensor(attention, kv_type):
+        return 32 * max(8, group + 2) if attention.head_dim <= 128 else 256
+    return 512 if group * attention.head_dim > 256 and not attention.softcap and kv_type != "q8_0" else 256
 
 
 def attend_fits(attention: Attention, kv_type: str, *, bulk_copies: bool) -> bool:
     """Whether a page of one KV head fits a block's shared memory; cards with bulk copies have room for every type."""
     page = kv_cache_bytes(KvShape(num_kv_heads=1, head_dim=attention.head_dim), kv_type, PAGE_TOKENS)
     return bulk_copies or page <= _MOST_PAGE_BYTES
+
+
+def left_runs(attention: Attention) -> int:
+    """Runs of a context that attention leaves to who reads its result, at most; more are joined by attention.
+
+    A thread of the reader asks for the same columns of all runs at once: of wide rows its registers hold fewer.
+    """
+    return 8 if attention.num_heads * attention.head_dim <= _MANY_RUNS_COLUMNS else 4
+
+
+@frozen(kw_only=True)
+class LeftRuns:
+    """What attention leaves to the group of linear maps that reads its result; see ``ops/gemv_input.cuh``.
+
+    Attributes:
+        attention: whose result it is.
+        splits: parts the context is attended in at most.
+
+    """
+
+    attention: Attention
+    splits: int
+
+    def args(self, at: Addresses) -> LeftArgs:
+        """Where it lies."""
+        return LeftArgs(
+            partial=at.partial, position=at.rows.positions, window=self.attention.window, splits=self.splits
+        )
 
 
 class _AttendArgs(ctypes.Structure):
@@ -50,6 +96,7 @@ def attend(
     kv_type: str,
     splits: int,
     sm_count: int,
+    left: int,
     buffer: Callable[[Addresses, Buffer], int],
 ) -> LaunchSpec:
     """The launch.
@@ -60,6 +107,7 @@ def attend(
         kv_type: element type of the cache.
         splits: parts the context is attended in at most.
         sm_count: multiprocessors of the card; each gets a block.
+        left: runs of the context that are left to who reads the result, at most.
         buffer: where a buffer lies.
 
     """
@@ -95,11 +143,13 @@ def attend(
     return LaunchSpec(
         name="+".join(operator.name for operator in (*place.operators, attention)),
         label="attention",
-        source=sources.attend(place, kv_type, splits, threads),
+        source=sources.attend(
+            place, kv_type, splits, threads, tensor=attend_tensor(attention, kv_type), left_runs=left
+        ),
         entry="attend",
         block=threads,
         shared_symbol="shared_bytes",
         grid=lambda _rows, _at_once: (max(sm_count, attention.num_kv_heads * splits), 1, 1),
         args=args,
-        outputs=attention.outputs,
+        outputs=() if left else attention.outputs,
     )

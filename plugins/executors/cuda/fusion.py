@@ -58,6 +58,7 @@ class LinearGroup:
         gated: the gated activation of the first two maps, if it is done here.
         act: the activation of the only map, if it is done here.
         residual: the addition the only map ends in, if it is done here.
+        attention: the attention whose result the maps, and nothing else, read as it is; or None.
 
     """
 
@@ -67,6 +68,7 @@ class LinearGroup:
     gated: GatedAct | None = None
     act: Act | None = None
     residual: Add | None = None
+    attention: Attention | None = None
 
     @property
     def source(self) -> Buffer:
@@ -269,7 +271,13 @@ class _Fusion:
             elif isinstance(reader, Add) and reader.a != reader.b:
                 other = reader.b if reader.a == ends[0] else reader.a
                 residual = reader if self.written_at[other] < place else None
-        return LinearGroup(norm=norm, linears=linears, biases=biases, gated=gated, act=act, residual=residual)
+        attention = producer if isinstance(producer, Attention) and self._reads_alone(linears, first.src) else None
+        return LinearGroup(
+            norm=norm, linears=linears, biases=biases, gated=gated, act=act, residual=residual, attention=attention
+        )
+
+    def _reads_alone(self, linears: tuple[Linear, ...], buffer: Buffer) -> bool:
+        return len(self.readers[buffer]) == len(linears) and buffer != self.result
 
     def _bias(self, linear: Linear) -> AddBias | None:
         reader = self._only_reader(linear.out)

@@ -10,6 +10,7 @@ from attrs import field, frozen
 
 from mortice.core.model.operators import Buffer, WeightRef
 from mortice.core.model.weight_plan import PlannedWeight
+from mortice.plugins.executors.cuda.attend import LeftRuns, left_runs
 from mortice.plugins.executors.cuda.cublas import Gemm
 from mortice.plugins.executors.cuda.fusion import LinearGroup
 from mortice.plugins.executors.cuda.gemv import gemv_shape
@@ -29,7 +30,7 @@ from mortice.plugins.executors.cuda.matmul import (
     slices_of,
     units_of,
 )
-from mortice.plugins.executors.cuda.matmul_ring import RingShape, ring_shape
+from mortice.plugins.executors.cuda.matmul_ring import RING_ROWS, RingShape, ring_shape
 from mortice.plugins.executors.cuda.sources import KernelSources
 from mortice.plugins.executors.cuda.workspace import Workspace
 
@@ -65,6 +66,7 @@ class LinearLowering:
         sm_count: multiprocessors of the card.
         quantize_activations: whether products with quantised weights take int8 activations, or half precision.
         bulk_copies: whether the card copies to shared memory in bulk (sm_90 and later).
+        ring_rows: rows of a pass of ``ops/matmul.cu`` that ``ops/matmul_ring.cu`` stands in for, at most.
 
     """
 
@@ -75,20 +77,31 @@ class LinearLowering:
     sm_count: int
     quantize_activations: bool
     bulk_copies: bool = False
+    ring_rows: int = RING_ROWS
+    _rings: dict[tuple[int, RowPath], tuple[LinearGroup, RingShape | None]] = field(
+        factory=dict, init=False, repr=False
+    )
+    """Shapes by their group, which is kept so that no other takes its place; a group is asked for by its neighbours."""
 
     def launches(
-        self, group: LinearGroup, path: RowPath, before: LinearGroup | None = None, after: LinearGroup | None = None
+        self,
+        group: LinearGroup,
+        path: RowPath,
+        before: LinearGroup | None = None,
+        after: LinearGroup | None = None,
+        left: LeftRuns | None = None,
     ) -> list[Spec]:
         """What a group queues when a step goes by `path`.
 
         Where the only input of the group `after` is this one's result, its first launch finishes the products of this
-        one, whose last launch is then missing; so it is here for the group `before`.
+        one, whose last launch is then missing; so it is here for the group `before`. What attention has `left` is
+        joined by the only launch of a step of one row.
         """
         kind, ring = self._kind(group, path), self._ring_shape(group, path)
         joined = before if before is not None and self._is_joined(before, group, path) else None
         leaves = after is not None and self._is_joined(group, after, path)
         if kind == "gemv":
-            return [self._gemv(group, 1 if path.rows == 1 else GEMV_PASS)]
+            return [self._gemv(group, 1 if path.rows == 1 else GEMV_PASS, left)]
         if ring is not None:
             return self._ring(group, ring, leaves=leaves)
         if kind == "matmul":
@@ -106,9 +119,11 @@ class LinearLowering:
         return [tile_geometry(w.tensor.qtype, w.rows, w.columns) for w in self._weights(group)]
 
     def _ring_shape(self, group: LinearGroup, path: RowPath) -> RingShape | None:
-        if not self.bulk_copies or self._kind(group, path) != "matmul":
-            return None
-        return ring_shape(group, self._tiles(group), path.rows)
+        key = id(group), path
+        if key not in self._rings:
+            by_ring = self.bulk_copies and path.rows <= self.ring_rows and self._kind(group, path) == "matmul"
+            self._rings[key] = group, ring_shape(group, self._tiles(group), path.rows) if by_ring else None
+        return self._rings[key][1]
 
     def _is_joined(self, first: LinearGroup, second: LinearGroup, path: RowPath) -> bool:
         """Whether the products of `first` are finished by the launch that prepares the input of `second`."""
@@ -130,7 +145,7 @@ class LinearLowering:
 
     # one row, or float32 ----------------------------------------------------------------------------------------
 
-    def _gemv(self, group: LinearGroup, tokens: int) -> LaunchSpec:
+    def _gemv(self, group: LinearGroup, tokens: int, left: LeftRuns | None) -> LaunchSpec:
         weights = self._weights(group)
         shape = gemv_shape(weights, bulk_copies=self.bulk_copies and tokens == 1)
         source = self.sources.gemv(
@@ -142,6 +157,8 @@ class LinearLowering:
             gated=group.gated is not None,
             activation=group.activation,
             quantize_activations=self.quantize_activations,
+            left=left.attention if left is not None else None,
+            left_runs=left_runs(left.attention) if left is not None else 0,
         )
         row_groups = [tile.row_groups for tile in self._tiles(group)]
         units = min(row_groups) if group.gated else sum(row_groups)
@@ -153,12 +170,14 @@ class LinearLowering:
             block=shape.threads,
             shared_symbol="shared_bytes",
             grid=lambda rows, at_once: (shape.grid(units, at_once), -(-rows // tokens), 1),
-            args=lambda at, _: (self._gemv_args(group, at),),
+            args=lambda at, _: (self._gemv_args(group, at, left),),
             outputs=group.outputs,
         )
 
-    def _gemv_args(self, group: LinearGroup, at: Addresses) -> GemvArgs:
+    def _gemv_args(self, group: LinearGroup, at: Addresses, left: LeftRuns | None) -> GemvArgs:
         args = GemvArgs(x=self._buffer(at, group.source))
+        if left is not None:
+            args.left = left.args(at)
         if group.norm is not None:
             args.norm_weight = at.weights[group.norm.weight]
             args.norm_bias = at.weights[group.norm.bias] if group.norm.bias is not None else 0

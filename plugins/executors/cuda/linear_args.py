@@ -6,7 +6,7 @@ import ctypes
 
 from mortice.plugins.executors.cuda.fusion import MAX_SEGMENTS
 
-__all__ = ["FinishArgs", "GemvArgs", "InputArgs", "MatmulArgs", "PartArgs", "RingArgs", "SegmentArgs"]
+__all__ = ["FinishArgs", "GemvArgs", "InputArgs", "LeftArgs", "MatmulArgs", "PartArgs", "RingArgs", "SegmentArgs"]
 
 Pointer, Int, Float = ctypes.c_uint64, ctypes.c_int32, ctypes.c_float
 
@@ -15,6 +15,12 @@ class SegmentArgs(ctypes.Structure):
     """``SegmentArgs`` in ``ops/gemv_parts.cuh`` and ``ops/matmul_ring.cu``."""
 
     _fields_ = [(name, Pointer) for name in ("weight", "bias", "residual", "out")]
+
+
+class LeftArgs(ctypes.Structure):
+    """``LeftArgs`` in ``ops/gemv_parts.cuh``."""
+
+    _fields_ = [("partial", Pointer), ("position", Pointer), ("window", Int), ("splits", Int)]
 
 
 class GemvArgs(ctypes.Structure):
@@ -26,6 +32,7 @@ class GemvArgs(ctypes.Structure):
         ("norm_bias", Pointer),
         ("norm_eps", Float),
         ("segments", SegmentArgs * MAX_SEGMENTS),
+        ("left", LeftArgs),
     ]
 
 

@@ -7,7 +7,7 @@ length. Those are read by the kernels from the step's rows on the device.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from attrs import define, evolve, field
@@ -16,10 +16,10 @@ from mortice.core.errors import ExecutionError
 from mortice.core.model import operators as op
 from mortice.core.model.operators import Buffer, Operator, WeightRef
 from mortice.core.model.weight_plan import WeightPlan
-from mortice.plugins.executors.cuda.attend import attend, attend_fits
+from mortice.plugins.executors.cuda.attend import LeftRuns, attend, attend_fits, left_runs
 from mortice.plugins.executors.cuda.attend_rows import rows_kernel
 from mortice.plugins.executors.cuda.attend_runs import attend_runs
-from mortice.plugins.executors.cuda.cublas import WORKSPACE_BYTES
+from mortice.plugins.executors.cuda.crossovers import RowCrossovers
 from mortice.plugins.executors.cuda.fusion import Group, LinearGroup, PlaceGroup, SingleGroup
 from mortice.plugins.executors.cuda.launches import Addresses, LaunchSpec, Spec, StepRows, rope_key
 from mortice.plugins.executors.cuda.linear import LinearLowering
@@ -27,7 +27,6 @@ from mortice.plugins.executors.cuda.matmul import (
     MatmulScratch,
     RowPath,
     attention_tile,
-    matmul_scratch,
     row_path,
     row_paths,
 )
@@ -35,7 +34,7 @@ from mortice.plugins.executors.cuda.placing import (
     LOGIT_ROWS,
     PARTIAL_ROWS,
     attention_splits,
-    linear_groups,
+    place_products,
     place_program,
     row_splits,
 )
@@ -81,8 +80,11 @@ class Lowering:
         quantize_activations: whether products may take int8 or half-precision activations.
         cublas: whether cuBLAS is there for steps of many rows.
         bulk_copies: whether the card copies to shared memory in bulk (sm_90 and later).
+        crossovers: from how many rows on which way is taken.
+        other_gemm_from: other numbers of rows from which on `scratch` is to serve products by cuBLAS.
         paths: the ways that the linear maps of a step go, by rising numbers of rows.
         scratch: where products of many rows lie.
+        linear: the launches of groups of linear maps.
 
     """
 
@@ -94,19 +96,30 @@ class Lowering:
     quantize_activations: bool = True
     cublas: bool = False
     bulk_copies: bool = False
+    crossovers: RowCrossovers = field(factory=RowCrossovers)
+    other_gemm_from: Sequence[int] = ()
     groups: list[Group] = field(init=False, repr=False)
     workspace: Workspace = field(init=False, repr=False)
     paths: tuple[RowPath, ...] = field(init=False)
     scratch: MatmulScratch = field(init=False, repr=False)
+    linear: LinearLowering = field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         self.groups, self.workspace = place_program(self.plan.program, self.rows)
-        self.paths = row_paths(self.rows, exact=not self.quantize_activations, cublas=self.cublas)
-        groups = linear_groups(self.groups, self.rows)
-        self.scratch = matmul_scratch(groups, self.paths, self.sm_count, WORKSPACE_BYTES)
+        exact, gemm_from_rows = not self.quantize_activations, self.crossovers.gemm_from_rows
+        self.paths = row_paths(self.rows, exact=exact, cublas=self.cublas, gemm_from_rows=gemm_from_rows)
+        self.scratch = place_products(
+            self.groups,
+            self.sm_count,
+            self.rows,
+            exact=exact,
+            cublas=self.cublas,
+            gemm_from=(gemm_from_rows, *self.other_gemm_from),
+        )
         self._planned = {planned.weight: planned for planned in self.plan.weights}
         self._places = {group.attention: group for group in self.groups if isinstance(group, PlaceGroup)}
-        self._linear = LinearLowering(
+        self._read_by_linears = {group.attention for group in self.groups if isinstance(group, LinearGroup)}
+        self.linear = LinearLowering(
             sources=self.sources,
             planned=self._planned,
             workspace=self.workspace,
@@ -114,11 +127,12 @@ class Lowering:
             sm_count=self.sm_count,
             quantize_activations=self.quantize_activations,
             bulk_copies=self.bulk_copies,
+            ring_rows=self.crossovers.ring_rows,
         )
 
     _planned: dict[WeightRef, Any] = field(init=False, repr=False)
     _places: dict[Operator, PlaceGroup] = field(init=False, repr=False)
-    _linear: LinearLowering = field(init=False, repr=False)
+    _read_by_linears: set[op.Attention | None] = field(init=False, repr=False)
 
     @property
     def splits(self) -> int:
@@ -143,19 +157,19 @@ class Lowering:
             if isinstance(group, LinearGroup):
                 around = (self.groups[i - 1] if i else None, self.groups[i + 1] if i + 1 < len(self.groups) else None)
                 before, after = (other if isinstance(other, LinearGroup) else None for other in around)
-                target += self._linear.launches(group, path, before, after)
+                target += self.linear.launches(group, path, before, after, self._left(group.attention, path))
             else:
                 target += self._others(group, path)
         return body, head
 
     def _others(self, group: SingleGroup | PlaceGroup, path: RowPath) -> list[Spec]:
         place = group if isinstance(group, PlaceGroup) else self._places.get(group.operator)
-        # one row: nothing but this token is new, so one launch does for both
-        if place is not None and path.kind == "gemv" and path.rows == 1 and self._is_one_launch(place):
+        if place is not None and self._is_one_launch(place, path):
             if isinstance(group, PlaceGroup):
                 return []
-            splits = min(self.splits, max(1, self.sm_count // place.write.num_kv_heads))
-            return [attend(place, self.sources, self.kv_type, splits, self.sm_count, self._buffer)]
+            left = left_runs(place.attention) if place.attention in self._read_by_linears else 0
+            splits = self._runs(place.attention)
+            return [attend(place, self.sources, self.kv_type, splits, self.sm_count, left, self._buffer)]
         if isinstance(group, PlaceGroup):
             specs: list[Spec] = [self._place(group)]
         elif isinstance(group.operator, op.Attention):
@@ -164,8 +178,21 @@ class Lowering:
             specs = [self._single(group.operator)]
         return [*specs[:-1], evolve(specs[-1], outputs=group.outputs)]
 
-    def _is_one_launch(self, place: PlaceGroup) -> bool:
-        return attend_fits(place.attention, self.kv_type, bulk_copies=self.bulk_copies)
+    def _is_one_launch(self, place: PlaceGroup, path: RowPath) -> bool:
+        """Whether one launch does for what brings Q, K and V into place and attention: nothing but one token is new."""
+        one_row = path.kind == "gemv" and path.rows == 1
+        return one_row and attend_fits(place.attention, self.kv_type, bulk_copies=self.bulk_copies)
+
+    def _runs(self, attention: op.Attention) -> int:
+        """Parts the context of one row is attended in at most, where one launch does all."""
+        return min(self.splits, max(1, self.sm_count // attention.num_kv_heads))
+
+    def _left(self, attention: op.Attention | None, path: RowPath) -> LeftRuns | None:
+        """What an attention leaves to those that read it."""
+        place = self._places.get(attention) if attention is not None else None
+        if attention is None or place is None or not self._is_one_launch(place, path):
+            return None
+        return LeftRuns(attention=attention, splits=self._runs(attention))
 
     def _buffer(self, at: Addresses, buffer: Buffer) -> int:
         return at.workspace + self.workspace.offsets[buffer]
@@ -347,7 +374,8 @@ class Lowering:
         def splits(rows: int) -> int:
             return row_splits(o, kernel.warps, rows, self.sm_count)
 
-        kernel = rows_kernel(o, self.kv_type)
+        exact = not self.quantize_activations
+        kernel = rows_kernel(o, self.kv_type, exact=exact)
 
         def args(at: Addresses, rows: int) -> tuple[Any, ...]:
             keys, values = self._caches(o, at)
@@ -369,7 +397,7 @@ class Lowering:
         return LaunchSpec(
             name=o.name,
             label=o.kind,
-            source=self.sources.attention(o, self.kv_type, run_tile),
+            source=self.sources.attention(o, self.kv_type, run_tile, exact=exact),
             entry=kernel.name,
             block=32 * kernel.warps,
             grid=lambda rows, _: (splits(rows), o.num_kv_heads, rows),

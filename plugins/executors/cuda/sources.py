@@ -11,7 +11,7 @@ from mortice.core.model.operators import Attention, Norm
 from mortice.core.model.weight_plan import PlannedWeight
 from mortice.plugins.executors.cuda.attend_rows import rows_kernel
 from mortice.plugins.executors.cuda.choosing import choice_defines
-from mortice.plugins.executors.cuda.flatten import flatten
+from mortice.plugins.executors.cuda.flatten import Headers
 from mortice.plugins.executors.cuda.fusion import LinearGroup, PlaceGroup
 from mortice.plugins.executors.cuda.gemv import GemvShape
 from mortice.plugins.executors.cuda.layouts import tile_geometry
@@ -31,7 +31,7 @@ ACTIVATIONS: Mapping[str | None, str] = {
     "relu": "kRelu",
     "relu_squared": "kReluSquared",
 }
-_RUN_PAGES = 1
+_RUN_PAGES = 2
 """Pages of the KV cache worth a block of their own: with 2 or 3, tokens at some hundred positions took longer."""
 _NORMS = {None: "kNoNorm", "rms": "kRmsNorm", "layer": "kLayerNorm"}
 KV_NAMES: Mapping[str, str] = {"f16": "__half", "f32": "float", "q8_0": "Q8"}
@@ -43,8 +43,11 @@ class KernelSources:
     """Makes sources; `traits` gives the header of a quantisation type by name."""
 
     traits: Mapping[str, Path]
-    _texts: dict[tuple[str, ...], str] = field(factory=dict, init=False, eq=False, repr=False)
-    """Flattened files, by what was put before them: a program asks for the same few again and again."""
+    _headers: Headers = field(factory=lambda: Headers([OPS]), init=False, eq=False, repr=False)
+    _texts: dict[tuple[str, tuple[str, ...]], str] = field(factory=dict, init=False, eq=False, repr=False)
+    """Flattened files, by what was put before them."""
+    _known: dict[tuple[object, ...], Source] = field(factory=dict, init=False, eq=False, repr=False)
+    """What was made: a program asks for the same few again and again."""
 
     def gemv(
         self,
@@ -57,8 +60,13 @@ class KernelSources:
         gated: bool,
         activation: str | None,
         quantize_activations: bool,
+        left: Attention | None = None,
+        left_runs: int = 0,
     ) -> Source:
-        """Linear maps of one input, see ``ops/gemv.cu``."""
+        """Linear maps of one input, see ``ops/gemv.cu``.
+
+        With `left`, whose result the input is, up to `left_runs` runs of its context are joined there.
+        """
         defines: dict[str, str | int] = {
             "COLS": columns,
             "TOKENS": tokens,
@@ -70,7 +78,10 @@ class KernelSources:
             "ACTIVATION": ACTIVATIONS[activation],
             "QUANTIZE_ACTIVATIONS": int(quantize_activations),
             "SEGMENTS": _segments(weights),
+            "LEFT_RUNS": left_runs,
         }
+        if left is not None:
+            defines |= {"HEAD_DIM": left.head_dim, "RUN_PAGES": _RUN_PAGES}
         return self._source("gemv.cu", defines, [weight.tensor.qtype.name for weight in weights])
 
     def embed(self, weight: PlannedWeight) -> Source:
@@ -155,12 +166,12 @@ class KernelSources:
         }
         return self._source("attention_prefill.cu", defines)
 
-    def attention(self, attention: Attention, kv_type: str, run_tile: int = 0) -> Source:
+    def attention(self, attention: Attention, kv_type: str, run_tile: int = 0, *, exact: bool) -> Source:
         """See ``ops/attention_rows.cu``, and ``ops/attention.cu`` for what that does not take.
 
-        With a `run_tile`, of rows that ``ops/attention_prefill.cu`` leaves out.
+        With a `run_tile`, of rows that ``ops/attention_prefill.cu`` leaves out; `exact` as `rows_kernel` has it.
         """
-        kernel = rows_kernel(attention, kv_type)
+        kernel = rows_kernel(attention, kv_type, exact=exact)
         defines: dict[str, str | int] = {
             "HEAD_DIM": attention.head_dim,
             "GROUP": attention.num_heads // attention.num_kv_heads,
@@ -172,16 +183,20 @@ class KernelSources:
         }
         return self._source(f"{kernel.name}.cu", defines)
 
-    def attend(self, place: PlaceGroup, kv_type: str, splits: int, threads: int) -> Source:
-        """See ``ops/attend.cu``."""
+    def attend(
+        self, place: PlaceGroup, kv_type: str, splits: int, threads: int, *, tensor: bool, left_runs: int
+    ) -> Source:
+        """See ``ops/attend.cu``; on tensor cores or not."""
         attention = place.attention
         defines: dict[str, str | int] = {
             "GROUP": attention.num_heads // attention.num_kv_heads,
             "SPLITS": splits,
             "SOFTCAP": int(attention.softcap > 0),
             "WINDOWED": int(attention.window > 0),
+            "TENSOR": int(tensor),
             "THREADS": threads,
             "RUN_PAGES": _RUN_PAGES,
+            "LEFT_RUNS": left_runs,
         }
         return self._source("attend.cu", {**_placing(place, kv_type), **defines})
 
@@ -207,11 +222,15 @@ class KernelSources:
 
     def _source(self, file: str, defines: Mapping[str, str | int], qtypes: Sequence[str] = ()) -> Source:
         names = tuple(sorted(set(qtypes)))
-        text = self._texts.get((file, *names))
-        if text is None:
-            text = flatten(OPS / file, [OPS], before=[self.traits[name] for name in names])
-            self._texts[file, *names] = text
-        return Source(name=file.removesuffix(".cu"), text=text, defines=defines)
+        key = file, names, tuple(defines.items())
+        source = self._known.get(key)
+        if source is None:
+            text = self._texts.get((file, names))
+            if text is None:
+                text = self._headers.flatten(OPS / file, [self.traits[name] for name in names])
+                self._texts[file, names] = text
+            source = self._known[key] = Source(name=file.removesuffix(".cu"), text=text, defines=defines)
+        return source
 
 
 def ring_defines(shape: RingShape, norm: Norm | None, *, gated: bool, activation: str | None) -> dict[str, str | int]:

@@ -10,45 +10,103 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mortice.plugins.executors.cuda.attend import _AttendArgs
+from mortice.core.model.operators import Attention, Buffer
+from mortice.plugins.executors.cuda.attend import _AttendArgs, attend_tensor, attend_threads
 from mortice.plugins.executors.cuda.flatten import flatten
+from mortice.plugins.executors.cuda.linear_args import GemvArgs, LeftArgs
 from mortice.plugins.executors.cuda.sources import KV_NAMES, OPS
 from mortice.plugins.executors.reference import ops
 from mortice.plugins.executors.reference.kv_cache import through_kv_type
+from tests.plugins.cuda.test_compiles_everywhere import TRAITS
 from tests.plugins.cuda.test_kv_kernels import CASES, KV_HEADS, TOKENS, Cache, compiled, heads
-from tests.support.cuda_on_cpu import compile_for_cpu, needs_cpu_compiler
+from tests.support.cuda_on_cpu import TENSOR, compile_for_cpu, for_tensor_cores, needs_cpu_compiler, pointer
 
-SPLITS = 3
+SPLITS, LEFT_RUNS = 3, 2
+LEFT = (96, 128)
+"""Sizes of heads whose runs are joined where they are read; with others attention joins them."""
 
 RUN = """
 extern "C" void run(const AttendArgs* args) {
     launch({static_cast<unsigned>(KV_HEADS * args->splits + 1)}, kThreads, [=] { attend(*args); });
 }"""
 
+READ = """
+extern "C" void run(const GemvArgs* args, float* out) {
+    launch({1}, THREADS, [=] {
+        __shared__ float squares[kWarps];
+        const Input input = carve(arena);
+        Beforehand before;
+        before.load(*args);
+        read_input(*args, before, input, 0, squares);
+        __syncthreads();
+        for (int i = threadIdx.x; i < COLS; i += THREADS) {
+            out[i] = reinterpret_cast<const float*>(&input.floats->part[i % 32 / 4][i / 32])[i % 4];
+        }
+    });
+}"""
+"""The input of a product, as it lies in shared memory."""
+
 Array = NDArray[np.float32]
 
 
 def attend_library(folder: Path, kv_type: str, **defines: int) -> ctypes.CDLL:
     folder.mkdir()
+    group, head_dim = defines["GROUP"], defines["HEAD_DIM"]
+    q, out = (Buffer(name, KV_HEADS * group * head_dim) for name in ("q", "out"))
+    attention = Attention(
+        name="attention",
+        src=q,
+        out=out,
+        num_heads=KV_HEADS * group,
+        num_kv_heads=KV_HEADS,
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        softcap=20.0 * defines["SOFTCAP"],
+    )
     constants: dict[str, str | int] = {
         "KV": KV_NAMES[kv_type],
         "KV_HEADS": KV_HEADS,
         "SPLITS": SPLITS,
         "RUN_PAGES": 1,
-        "THREADS": 512 if defines["HEAD_DIM"] == 96 else 256,
+        "LEFT_RUNS": LEFT_RUNS if head_dim in LEFT else 0,
+        "TENSOR": int(attend_tensor(attention, kv_type)),
+        "THREADS": attend_threads(attention, kv_type),
         **defines,
     }
-    text = flatten(OPS / "attend.cu", [OPS]).replace(
-        "extern __shared__ __align__(128) uint8 memory[];", "__shared__ uint8 memory[shared_bytes];"
-    )
-    return compile_for_cpu(folder, text + RUN, constants)
+    text = for_tensor_cores(flatten(OPS / "attend.cu", [OPS]))
+    return compile_for_cpu(folder, text + RUN, constants, TENSOR)
+
+
+def reading_library(folder: Path, columns: int, head_dim: int) -> ctypes.CDLL:
+    """What reads the result of attention."""
+    folder.mkdir()
+    text = for_tensor_cores(flatten(OPS / "gemv_input.cuh", [OPS], before=[TRAITS["F32"]]))
+    constants: dict[str, str | int] = {
+        "COLS": columns,
+        "TOKENS": 1,
+        "THREADS": 128,
+        "NORM": "kNoNorm",
+        "GATED": 0,
+        "QUANTIZE_ACTIVATIONS": 0,
+        "SEGMENTS": f"Segment<F32,1,{columns},8>",
+        "LEFT_RUNS": LEFT_RUNS,
+        "RUN_PAGES": 1,
+        "HEAD_DIM": head_dim,
+    }
+    return compile_for_cpu(folder, text + READ, constants, TENSOR)
 
 
 @needs_cpu_compiler
-@pytest.mark.parametrize(("kv_type", "head_dim"), CASES)
+@pytest.mark.parametrize(("kv_type", "head_dim"), [*CASES, ("f16", 128), ("f16", 256)])
 def test_a_token_is_normed_turned_stored_and_attends(kv_type: str, head_dim: int, tmp_path: Path) -> None:
-    group, norm, style = {64: (3, 0, "halves"), 80: (1, 1, "adjacent"), 96: (7, 2, "halves")}[head_dim]
-    options: dict[str, Any] = {"cap": 20.0 if head_dim == 96 else 0.0, "window": 70 if head_dim == 64 else 0}
+    group, norm, style = {
+        64: (3, 0, "halves"),
+        80: (1, 1, "adjacent"),
+        96: (7, 2, "halves"),
+        128: (7, 1, "halves"),
+        256: (8, 0, "adjacent"),
+    }[head_dim]
+    options: dict[str, Any] = {"cap": 20.0 if head_dim in (96, 256) else 0.0, "window": 70 if head_dim == 64 else 0}
     dims = head_dim - 16 if norm else head_dim
     rng, cache = np.random.default_rng(head_dim), Cache(kv_type, head_dim)
     k, v = (rng.normal(size=(TOKENS, KV_HEADS * head_dim)).astype(np.float32) for _ in range(2))
@@ -66,6 +124,8 @@ def test_a_token_is_normed_turned_stored_and_attends(kv_type: str, head_dim: int
         SOFTCAP=int(options["cap"] > 0),
         WINDOWED=int(options["window"] > 0),
     )
+    columns = KV_HEADS * group * head_dim
+    reading = reading_library(tmp_path / "read", columns, head_dim) if head_dim in LEFT else None
     arrivals = np.zeros(KV_HEADS, np.int32)
     for position in (0, 1, 63, 64, 148):
         q, new_k, new_v = (
@@ -73,7 +133,7 @@ def test_a_token_is_normed_turned_stored_and_attends(kv_type: str, head_dim: int
             for count in (KV_HEADS * group, KV_HEADS, KV_HEADS)
         )
         out, positions = np.full_like(q, np.nan), np.array([position], np.int32)
-        partial = np.full((KV_HEADS, SPLITS, group, head_dim + 2), np.nan, np.float32)
+        partial = np.full((SPLITS, KV_HEADS, group, head_dim + 2), np.nan, np.float32)
         tables = np.empty_like(positions)
         named = {"q": q, "k": new_k, "v": new_v, "out": out, "partial": partial, "arrivals": arrivals}
         named |= {"keys": cache.keys, "values": cache.values, "q_norm": q_norm, "k_norm": k_norm}
@@ -90,6 +150,14 @@ def test_a_token_is_normed_turned_stored_and_attends(kv_type: str, head_dim: int
             splits=SPLITS,
         )
         library.run(ctypes.byref(args))
+        if reading is not None:
+            runs = LeftArgs(
+                partial=partial.ctypes.data, position=positions.ctypes.data, window=options["window"], splits=SPLITS
+            )
+            read = np.full_like(q, np.nan)
+            reading.run(ctypes.byref(GemvArgs(x=out.ctypes.data, left=runs)), pointer(read))
+            assert np.isnan(out).all() == (position >= 64), "several runs are left to the reader"
+            out = read
 
         turned_q, turned_k = q, new_k
         if norm:

@@ -68,6 +68,15 @@ inline int __dp4a(int a, int b, int c) {
     return c;
 }
 
+// Byte i of the result is byte (selectors >> 4 * i & 7) of the eight in high:low.
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selectors) {
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) {
+        const unsigned selector = selectors >> (4 * i) & 7u;
+        result |= ((selector & 4u ? high : low) >> (8 * (selector & 3u)) & 0xffu) << (8 * i);
+    }
+    return result;
+}
 // The low word of (high:low) >> (shift % 32).
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
     return static_cast<unsigned>(((static_cast<uint64_t>(high) << 32) | low) >> (shift % 32));

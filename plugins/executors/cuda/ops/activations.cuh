@@ -2,6 +2,11 @@
 #pragma once
 
 #include "common.cuh"
+#include "float_math.cuh"
+
+__device__ __forceinline__ int dot4(uint32 weights, uint32 activations, int sum) {
+    return __dp4a(static_cast<int>(weights), static_cast<int>(activations), sum);
+}
 
 // 32 activations as int8 with one scale: x[i] ~ scale * q[i]. `low` holds elements 0-15, `high` 16-31; the sums are of
 // the integers, for weight types whose elements carry an offset or a minimum.
@@ -28,27 +33,65 @@ struct ActivationRow {
         return {low[chunk], high[chunk], scale[chunk], s.x, s.y};
     }
 
-    // Quantises four neighbouring values held by one lane; eight neighbouring lanes hold a chunk. `lane4` is the index
-    // of the four within the row. All lanes of the warp must call; those past the end say so.
-    __device__ __forceinline__ void store4(int lane4, float4 v, bool inside) {
-        const float largest =
-            lanes_max<8>(fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))));
-        const float inverse = largest > 0.f ? 127.f / largest : 0.f;
-        const int a = __float2int_rn(v.x * inverse), b = __float2int_rn(v.y * inverse);
-        const int c = __float2int_rn(v.z * inverse), d = __float2int_rn(v.w * inverse);
-        const uint32 packed = (a & 0xff) | (b & 0xff) << 8 | (c & 0xff) << 16 | (d & 0xff) << 24;
-        int sum = a + b + c + d;
-        sum += __shfl_xor_sync(kFullMask, sum, 1);
-        sum += __shfl_xor_sync(kFullMask, sum, 2);
-        const int other = __shfl_xor_sync(kFullMask, sum, 4);
-        if (!inside) return;
-        const int chunk = lane4 / 8, place = lane4 % 8;
-        uint32* half = reinterpret_cast<uint32*>(place < 4 ? &low[chunk] : &high[chunk]);
-        half[place % 4] = packed;
-        if (place == 0) {
-            scale[chunk] = largest / 127.f;
-            sums[chunk] = make_short2(static_cast<short>(sum), static_cast<short>(other));
+    // Quantises 4 * kFours neighbouring values held by one lane; 8 / kFours neighbouring lanes hold a chunk. `piece` numbers
+    // such values within the row. All lanes of a warp call; those past the end of the row say so. What is no number, or
+    // infinite, makes the whole chunk so. A chunk of values below 2^-100 is zeros.
+    template <int kFours>
+    __device__ __forceinline__ void store(int piece, const float4* v, bool inside) {
+        float largest = 0.f;
+#pragma unroll
+        for (int i = 0; i < kFours; ++i) {
+            largest = max_or_nan(largest, max_or_nan(max_or_nan(fabsf(v[i].x), fabsf(v[i].y)), max_or_nan(fabsf(v[i].z), fabsf(v[i].w))));
         }
+#pragma unroll
+        for (int step = 1; step < 8 / kFours; step *= 2) largest = max_or_nan(largest, __shfl_xor_sync(kFullMask, largest, step));
+        const float inverse = inverse_of(largest);
+        Words<kFours> words;
+        int sum = 0;
+#pragma unroll
+        for (int i = 0; i < kFours; ++i) {
+            words.w[i] = rounded4(make_float4(v[i].x * inverse, v[i].y * inverse, v[i].z * inverse, v[i].w * inverse));
+            sum = dot4(words.w[i], 0x01010101u, sum);
+        }
+#pragma unroll
+        for (int step = 1; step < 4 / kFours; step *= 2) sum += __shfl_xor_sync(kFullMask, sum, step);
+        if (!inside) return;
+        constexpr int kLanes = 4 / kFours;  // of half a chunk
+        const int half = piece / kLanes, chunk = half / 2;
+        uint4* plane = half % 2 == 0 ? low : high;
+        reinterpret_cast<Words<kFours>*>(plane + chunk)[piece % kLanes] = words;
+        if (piece % kLanes == 0) reinterpret_cast<short*>(sums)[half] = static_cast<short>(sum);
+        if (piece % (2 * kLanes) == 0) scale[chunk] = over_127(largest);
+    }
+
+private:
+    template <int kCount>
+    struct alignas(4 * kCount) Words {
+        uint32 w[kCount];
+    };
+
+    // 127 / `largest` as IEEE rounds it, without the branches of a division: none of its special cases comes here.
+    static __device__ __forceinline__ float inverse_of(float largest) {
+        if (!(largest > 0x1p-100f && largest < 0x1p100f)) return 0.f;
+        const float first = reciprocal(largest), better = fmaf(first, fmaf(-largest, first, 1.f), first);
+        const float quotient = 127.f * better;
+        return fmaf(better, fmaf(-largest, quotient, 127.f), quotient);
+    }
+
+    // `largest` / 127 likewise; infinite where what it scales is not finite or too large, and all integers are zeros.
+    static __device__ __forceinline__ float over_127(float largest) {
+        if (!(largest < 0x1p100f)) return __uint_as_float(0x7f800000u);
+        constexpr float kFirst = 1.f / 127.f;
+        const float quotient = largest * kFirst;
+        return fmaf(kFirst, fmaf(-127.f, quotient, largest), quotient);
+    }
+
+    // To the nearest integers, ties to even, as bytes: the sum with 1.5 * 2^23 has them in its last places.
+    static __device__ __forceinline__ uint32 rounded4(float4 v) {
+        constexpr float kShift = 12582912.f;
+        const uint32 a = __float_as_uint(v.x + kShift), b = __float_as_uint(v.y + kShift);
+        const uint32 c = __float_as_uint(v.z + kShift), d = __float_as_uint(v.w + kShift);
+        return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
     }
 };
 
@@ -60,9 +103,6 @@ struct FloatRow {
 
     float4 part[8][kChunks];
 
-    __device__ __forceinline__ void store4(int lane4, float4 v) { part[lane4 % 8][lane4 / 8] = v; }
+    // The four elements number `four` of the row.
+    __device__ __forceinline__ void store4(int four, float4 v) { part[four % 8][four / 8] = v; }
 };
-
-__device__ __forceinline__ int dot4(uint32 weights, uint32 activations, int sum) {
-    return __dp4a(static_cast<int>(weights), static_cast<int>(activations), sum);
-}

@@ -199,7 +199,9 @@ __device__ __forceinline__ void prefetch(const uint8* weight, int first, int gro
     if (first >= S::kGroups) return;
     const uint8* start = weight + static_cast<uint64>(first) * kGroupBytes;
     for (int at = threadIdx.x % kWarp * 128; at < groups * kGroupBytes; at += kWarp * 128) {
+#ifdef __CUDA_ARCH__
         asm volatile("prefetch.global.L2 [%0];" ::"l"(start + at));
+#endif
     }
 }
 
@@ -234,12 +236,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemv(const __grid_
         prefetch_units(Segments{}, args, unit);
         prefetch_units(Segments{}, args, unit + stride);
     }
-    NormWeight weight;
-    weight.load(args);
+    Beforehand before;
+    before.load(args);
     wait_for_previous_kernel();
 
 #pragma unroll 1
-    for (int token = 0; token < TOKENS; ++token) read_input(args, weight, work.input, token, squares[token]);
+    for (int token = 0; token < TOKENS; ++token) read_input(args, before, work.input, token, squares[token]);
     __syncthreads();
 #pragma unroll
     for (int token = 0; token < TOKENS; ++token) work.factors[token] = factor_of(args, squares[token]);

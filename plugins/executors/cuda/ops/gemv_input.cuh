@@ -1,6 +1,7 @@
 // The input of gemv.cu's products: read, normed, quantised, kept in shared memory.
 #pragma once
 
+#include "context_runs.cuh"
 #include "gemv_parts.cuh"
 #include "norm.cuh"
 
@@ -23,31 +24,78 @@ __device__ __forceinline__ Input carve(uint8* shared) {
     return input;
 }
 
-constexpr int kFours = COLS / 4, kEach = ceil_div(kFours, THREADS);
+// A thread takes pieces of kPiece fours, THREADS apart, kEach fours in all: one piece where that is enough.
+constexpr int kFours = COLS / 4;
+constexpr int kPiece = kFours <= THREADS ? 1 : kFours <= 2 * THREADS ? 2 : 4;
+constexpr int kEach = kPiece * ceil_div(kFours / kPiece, THREADS);
+
+__device__ __forceinline__ int piece_of(int i) { return threadIdx.x + i / kPiece * THREADS; }
+__device__ __forceinline__ int four_of(int i) { return kPiece * piece_of(i) + i % kPiece; }
 
 // A thread's part of a row: zeros past its end.
 __device__ __forceinline__ void load_row(const float* row, float4 (&v)[kEach]) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-        const int at = threadIdx.x + i * THREADS;
+        const int at = four_of(i);
         v[i] = at < kFours ? reinterpret_cast<const float4*>(row)[at] : make_float4(0.f, 0.f, 0.f, 0.f);
     }
 }
 
-// The norm's weight does not depend on the kernel before: it is there before the input is.
-struct NormWeight {
+// What does not depend on the kernel before is there before the input is: the norm's weight; the runs of a context.
+struct Beforehand {
     float4 v[kEach];
+    int runs = 1;
     __device__ __forceinline__ void load(const GemvArgs& args) {
         if constexpr (NORM != kNoNorm) load_row(args.norm_weight, v);
+#if LEFT_RUNS > 0
+        runs = ContextRuns(*args.left.position, args.left.window, RUN_PAGES, args.left.splits, LEFT_RUNS).used;
+#endif
     }
 };
 
+#if LEFT_RUNS > 0
+// The input where attend.cu left it in `runs` runs: sums over the context, each with its own maximum and total.
+__device__ __forceinline__ void join_row(const LeftArgs& left, int runs, float4 (&v)[kEach]) {
+    const RunSums<HEAD_DIM> sums{left.partial, left.splits, COLS};
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+        const int at = min(four_of(i), kFours - 1);
+        float4 found[LEFT_RUNS];
+        float2 peaks[LEFT_RUNS];
+        float top = kLowest, total = 0.f;
+#pragma unroll
+        for (int run = 0; run < LEFT_RUNS; ++run) {  // all are asked for at once
+            found[run] = make_float4(0.f, 0.f, 0.f, 0.f), peaks[run] = make_float2(kLowest, 0.f);
+            if (run >= runs) continue;
+            found[run] = reinterpret_cast<const float4*>(sums.of(run))[at];
+            peaks[run] = sums.peaks(run)[4 * at / HEAD_DIM];
+        }
+#pragma unroll
+        for (int run = 0; run < LEFT_RUNS; ++run) top = fmaxf(top, peaks[run].x);
+        v[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+        for (int run = 0; run < LEFT_RUNS; ++run) {
+            const float weight = __expf(peaks[run].x - top);
+            total += weight * peaks[run].y;
+            v[i].x += weight * found[run].x, v[i].y += weight * found[run].y;
+            v[i].z += weight * found[run].z, v[i].w += weight * found[run].w;
+        }
+        const float share = four_of(i) < kFours ? reciprocal(total) : 0.f;
+        v[i] = make_float4(v[i].x * share, v[i].y * share, v[i].z * share, v[i].w * share);
+    }
+}
+#endif
+
 // Norms and stores the input of one token, all but RMS norm's factor: that is left for the results, so that products
 // need not wait for a sum over the row. `squares` gets a part of that sum from each warp. Every thread takes part.
-__device__ __forceinline__ void read_input(const GemvArgs& args, const NormWeight& weight, const Input& input, int token,
+__device__ __forceinline__ void read_input(const GemvArgs& args, const Beforehand& before, const Input& input, int token,
                                            float* squares) {
     float4 v[kEach];
-    load_row(args.x + static_cast<size_t>(blockIdx.y * TOKENS + token) * COLS, v);
+#if LEFT_RUNS > 0
+    if (before.runs > 1 && before.runs <= LEFT_RUNS) join_row(args.left, before.runs, v);
+    else
+#endif
+        load_row(args.x + static_cast<size_t>(blockIdx.y * TOKENS + token) * COLS, v);
     if constexpr (NORM == kLayerNorm) {
         __shared__ float scratch[kWarp];
         float sum = 0.f;
@@ -57,7 +105,7 @@ __device__ __forceinline__ void read_input(const GemvArgs& args, const NormWeigh
         float deviation = 0.f;
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
-            if (threadIdx.x + i * THREADS >= kFours) continue;
+            if (four_of(i) >= kFours) continue;
             v[i] = make_float4(v[i].x - mean, v[i].y - mean, v[i].z - mean, v[i].w - mean);
             deviation += v[i].x * v[i].x + v[i].y * v[i].y + v[i].z * v[i].z + v[i].w * v[i].w;
         }
@@ -65,8 +113,8 @@ __device__ __forceinline__ void read_input(const GemvArgs& args, const NormWeigh
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
             float4 b = make_float4(0.f, 0.f, 0.f, 0.f);
-            if (args.norm_bias != nullptr) b = reinterpret_cast<const float4*>(args.norm_bias)[min(threadIdx.x + i * THREADS, kFours - 1)];
-            const float4 g = weight.v[i];
+            if (args.norm_bias != nullptr) b = reinterpret_cast<const float4*>(args.norm_bias)[min(four_of(i), kFours - 1)];
+            const float4 g = before.v[i];
             v[i] = make_float4(v[i].x * inverse * g.x + b.x, v[i].y * inverse * g.y + b.y,
                                v[i].z * inverse * g.z + b.z, v[i].w * inverse * g.w + b.w);
         }
@@ -74,7 +122,7 @@ __device__ __forceinline__ void read_input(const GemvArgs& args, const NormWeigh
         float sum = 0.f;
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
-            const float4 g = weight.v[i];
+            const float4 g = before.v[i];
             sum += v[i].x * v[i].x + v[i].y * v[i].y + v[i].z * v[i].z + v[i].w * v[i].w;
             v[i] = make_float4(v[i].x * g.x, v[i].y * g.y, v[i].z * g.z, v[i].w * g.w);
         }
@@ -82,11 +130,14 @@ __device__ __forceinline__ void read_input(const GemvArgs& args, const NormWeigh
         if (threadIdx.x % kWarp == 0) squares[threadIdx.x / kWarp] = sum;
     }
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-        const int at = threadIdx.x + i * THREADS;
-        if constexpr (Segments::kAnyInteger) input.quantized[token].store4(at, v[i], at < kFours);
+    for (int i = 0; i < kEach; i += kPiece) {
+        const bool inside = four_of(i) < kFours;
+        if constexpr (Segments::kAnyInteger) input.quantized[token].template store<kPiece>(piece_of(i), v + i, inside);
         if constexpr (Segments::kAnyFloat) {
-            if (at < kFours) input.floats[token].store4(at, v[i]);
+#pragma unroll
+            for (int j = i; j < i + kPiece; ++j) {
+                if (inside) input.floats[token].store4(four_of(j), v[j]);
+            }
         }
     }
 }

@@ -13,12 +13,20 @@ struct SegmentArgs {
 
 constexpr int kMaxSegments = 4;
 
+// Where LEFT_RUNS is not 0: what attend.cu split the context of the input by.
+struct LeftArgs {
+    float* partial;
+    const int* position;
+    int window, splits;
+};
+
 struct GemvArgs {
     const float* x;            // (tokens, columns)
     const float* norm_weight;  // (columns,)
     const float* norm_bias;    // (columns,) or null
     float norm_eps;
     SegmentArgs segments[kMaxSegments];
+    LeftArgs left;
 };
 
 template <class Q_, int kTileRows, int kTileCols, int kRows_>
@@ -52,7 +60,7 @@ struct SegmentList {
 using Segments = SegmentList<SEGMENTS>;
 
 template <class... S>
-__device__ __host__ __forceinline__ constexpr int units(SegmentList<S...>) {
+constexpr int units(SegmentList<S...>) {
     if constexpr (!GATED) return (S::kGroups + ...);
     int fewest = 1 << 30;
     ((fewest = S::kGroups < fewest ? S::kGroups : fewest), ...);
