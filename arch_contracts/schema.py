@@ -6,7 +6,7 @@ This package imports nothing else of mortice, so that a contract can be read and
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from typing import Any
 
@@ -158,6 +158,11 @@ class ContractDocument:
     roles: RoleTables
 
 
+@lru_cache(maxsize=256)  # contracts have the same few: of the 296 of those that are built in, 31 differ
+def _expression(text: str) -> Expression:
+    return Expression(text)
+
+
 @cache  # making one takes as long as reading ten contracts
 def _make_converter() -> cattrs.Converter:
     converter = make_converter()
@@ -165,7 +170,7 @@ def _make_converter() -> cattrs.Converter:
     def expression(value: Any, _: type) -> Expression:
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise TypeError(f"wanted a number or an expression, found {value!r}")
-        return Expression(value if isinstance(value, str) else repr(value))
+        return _expression(value if isinstance(value, str) else repr(value))
 
     def role(value: Any, kind: type) -> Any:
         # the short form of a required role is its shape alone

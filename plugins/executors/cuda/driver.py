@@ -12,7 +12,7 @@ from attrs import frozen
 from mortice.core.errors import DeviceError
 from mortice.plugins.executors.cuda.errors import CudaError, unusable
 
-__all__ = ["Driver", "is_driver_installed", "load_driver", "result_error"]
+__all__ = ["Driver", "import_bindings", "is_driver_installed", "load_driver", "result_error"]
 
 _NO_DRIVER = "no NVIDIA driver (libcuda.so.1 was not found)"
 

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
+from typing import TYPE_CHECKING
 
 import numpy as np
 from attrs import define, field
 from numpy.typing import NDArray
 
+from mortice.core.errors import DeviceError
 from mortice.core.model import operators as op
 from mortice.core.model.kv_types import kv_type_reasons
 from mortice.core.model.operators import OPERATOR_KINDS
@@ -18,23 +20,17 @@ from mortice.core.model.program import Program
 from mortice.core.model.residency import BoundModel
 from mortice.core.model.types import DeviceInfo
 from mortice.core.model.weight_plan import Kernel, WeightPlan
-from mortice.core.plugin.interfaces import Emit, QuantizationType, RuntimeSettings, TypeTrial
-from mortice.plugins.executors.cuda.arena import CudaArena, begin_staging
+from mortice.core.plugin.interfaces import Emit, QuantizationType, Runtime, RuntimeSettings, TypeTrial
+from mortice.core.plugin.product_times import ProductTime
 from mortice.plugins.executors.cuda.cublas import find_cublas
 from mortice.plugins.executors.cuda.device import Device, open_device
-from mortice.plugins.executors.cuda.driver import is_driver_installed
-from mortice.plugins.executors.cuda.gemv import has_bulk_copies
-from mortice.plugins.executors.cuda.kernels import Kernels, compile_kernels
-from mortice.plugins.executors.cuda.kv_pool import kv_pool_bytes
-from mortice.plugins.executors.cuda.layouts import TileLayout
-from mortice.plugins.executors.cuda.lowering import Lowering
-from mortice.plugins.executors.cuda.matmul import rows_at_once
-from mortice.plugins.executors.cuda.runtime import CudaRuntime
-from mortice.plugins.executors.cuda.runtime_memory import runtime_bytes
-from mortice.plugins.executors.cuda.sources import KernelSources
-from mortice.plugins.executors.cuda.staging import StagingPool
-from mortice.plugins.executors.cuda.type_trial import compile_type, trial_shapes, try_on_card, try_on_cpu
-from mortice.plugins.executors.cuda.vectors import VectorLayout
+from mortice.plugins.executors.cuda.driver import import_bindings, is_driver_installed
+
+if TYPE_CHECKING:  # what only a run needs is imported while its device comes up, see `CudaExecutor.wake`
+    from mortice.plugins.executors.cuda.arena import CudaArena
+    from mortice.plugins.executors.cuda.runtime import CudaRuntime
+    from mortice.plugins.executors.cuda.staging import StagingPool
+    from mortice.plugins.executors.cuda.tuning import Compilation
 
 __all__ = ["CudaExecutor"]
 
@@ -48,7 +44,7 @@ class CudaExecutor:
     name: str = "cuda"
     _device: Device | None = field(default=None, init=False, repr=False)
     _traits: dict[str, Path] = field(factory=dict, init=False, repr=False)
-    _prepared: tuple[WeightPlan, RuntimeSettings, Kernels] | None = field(default=None, init=False, repr=False)
+    _prepared: tuple[WeightPlan, RuntimeSettings, Compilation] | None = field(default=None, init=False, repr=False)
     """What `prepare` made for the next `open`."""
     _staging: StagingPool | None = field(default=None, init=False, repr=False)
     """What `prepare` made for the next `allocate`."""
@@ -56,8 +52,11 @@ class CudaExecutor:
 
     def wake(self) -> None:
         if self._device is None and self._waking is None and is_driver_installed():
+            with suppress(DeviceError):  # it is said when the device is asked for
+                import_bindings("driver")  # first and alone: the driver takes longest, and threads that import wait
             self._waking = _ahead("mortice-cuda", self._bring_up)
             _ahead("mortice-cublas", find_cublas)  # a large library; what is found is remembered
+            _ahead("mortice-cuda-code", _import_all)
 
     def _bring_up(self) -> None:
         self._device = open_device()
@@ -77,6 +76,9 @@ class CudaExecutor:
         return self.opened().info()
 
     def kernels(self, device: DeviceInfo, qtypes: Sequence[QuantizationType]) -> Sequence[Kernel]:
+        from mortice.plugins.executors.cuda.layouts import TileLayout
+        from mortice.plugins.executors.cuda.vectors import VectorLayout
+
         del device  # the same on every card that `open_device` takes
         kernels = []
         for type_ in qtypes:
@@ -111,20 +113,26 @@ class CudaExecutor:
         return [*reasons, *kv_type_reasons(program.kv, _kv_type(settings), self.name)]
 
     def kv_bytes(self, program: Program, settings: RuntimeSettings) -> int:
+        from mortice.plugins.executors.cuda.kv_pool import kv_pool_bytes
+
         return kv_pool_bytes(program.kv, settings.cache_tokens, _kv_type(settings))
 
     def workspace_bytes(self, program: Program, settings: RuntimeSettings) -> int:
+        from mortice.plugins.executors.cuda.runtime_memory import runtime_bytes
+
         cublas = find_cublas() is not None
         return runtime_bytes(program, settings, self.opened().properties.sm_count, cublas=cublas)
 
     def allocate(self, nbytes: int) -> CudaArena:
+        from mortice.plugins.executors.cuda.arena import CudaArena
+
         device = self.opened()
         try:
             buffer = device.allocate(max(nbytes, 1))
         except BaseException:
             self._let_staging_go()
             raise
-        code = self._prepared[2].repacks if self._prepared is not None else {}
+        code = self._prepared[2].kernels.repacks if self._prepared is not None else {}
         staging, self._staging = self._staging, None
         return CudaArena(device, buffer, device.new_stream(), code, staging)
 
@@ -132,9 +140,13 @@ class CudaExecutor:
         return "measured"
 
     def trial_shapes(self, type_: QuantizationType) -> Sequence[tuple[int, int]]:
+        from mortice.plugins.executors.cuda.type_trial import trial_shapes
+
         return trial_shapes(type_)
 
     def compile_type(self, type_: QuantizationType, arch: str) -> Sequence[str]:
+        from mortice.plugins.executors.cuda.type_trial import compile_type
+
         return compile_type(type_, arch)
 
     def try_type(
@@ -146,11 +158,15 @@ class CudaExecutor:
         *,
         on_device: bool,
     ) -> TypeTrial:
+        from mortice.plugins.executors.cuda.type_trial import try_on_card, try_on_cpu
+
         if on_device:
             return try_on_card(self.opened(), type_, rows, activations, scales)
         return try_on_cpu(type_, rows, activations, scales)
 
     def prepare(self, plan: WeightPlan, settings: RuntimeSettings) -> None:
+        from mortice.plugins.executors.cuda.arena import begin_staging
+
         self._let_staging_go()
         self._staging = begin_staging(self.opened(), plan)
         try:
@@ -164,7 +180,14 @@ class CudaExecutor:
             self._staging.close()
             self._staging = None
 
-    def _compiled(self, plan: WeightPlan, settings: RuntimeSettings) -> Kernels:
+    def _compiled(self, plan: WeightPlan, settings: RuntimeSettings) -> Compilation:
+        from mortice.plugins.executors.cuda.crossovers import gemm_thresholds
+        from mortice.plugins.executors.cuda.gemv import has_bulk_copies
+        from mortice.plugins.executors.cuda.lowering import Lowering
+        from mortice.plugins.executors.cuda.matmul import rows_at_once
+        from mortice.plugins.executors.cuda.sources import KernelSources
+        from mortice.plugins.executors.cuda.tuning import compile_tuned
+
         device = self.opened()
         exact, cublas = settings.activations == "f32", find_cublas() is not None
         lowering = Lowering(
@@ -176,16 +199,28 @@ class CudaExecutor:
             quantize_activations=not exact,
             cublas=cublas,
             bulk_copies=has_bulk_copies(device.properties),
+            other_gemm_from=gemm_thresholds(settings),
         )
-        return compile_kernels(lowering, device.arch)
+        return compile_tuned(lowering, device, settings.tuning)
 
     def open(self, model: BoundModel, settings: RuntimeSettings, emit: Emit) -> CudaRuntime:
+        from mortice.plugins.executors.cuda.runtime import CudaRuntime
+        from mortice.plugins.executors.cuda.tuning import measured_kernels
+
         prepared, self._prepared = self._prepared, None
         if prepared is not None and prepared[0] is model.plan and prepared[1] == settings:
-            kernels = prepared[2]
+            compilation = prepared[2]
         else:
-            kernels = self._compiled(model.plan, settings)
-        return CudaRuntime(model, settings, emit, self.opened(), kernels)
+            compilation = self._compiled(model.plan, settings)
+        device = self.opened()
+        return CudaRuntime(model, settings, emit, device, measured_kernels(device, compilation, model, emit))
+
+    def time_products(self, runtime: Runtime, rows: int, repeats: int) -> Sequence[ProductTime]:
+        from mortice.plugins.executors.cuda.product_times import time_products
+        from mortice.plugins.executors.cuda.runtime import CudaRuntime
+
+        assert isinstance(runtime, CudaRuntime), "opened by this executor"
+        return time_products(runtime, rows, repeats)
 
 
 def _ahead(name: str, work: Callable[[], object]) -> Thread:
@@ -198,6 +233,14 @@ def _ahead(name: str, work: Callable[[], object]) -> Thread:
     thread = Thread(target=body, name=name)
     thread.start()
     return thread
+
+
+def _import_all() -> None:
+    """What a run needs besides this module, and the compiler."""
+    from mortice.plugins.executors.cuda import arena, runtime, tuning  # noqa: F401
+    from mortice.plugins.executors.cuda.toolkit import find_compiler
+
+    find_compiler()
 
 
 def _kv_type(settings: RuntimeSettings) -> str:

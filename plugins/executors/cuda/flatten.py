@@ -7,19 +7,93 @@ in it depends on where mortice is installed.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from attrs import define, field
+from attrs import define, field, frozen
 
 from mortice.plugins.executors.cuda.errors import CompileError
 
-__all__ = ["flatten"]
+__all__ = ["Headers", "flatten"]
 
 _DIRECTIVE = re.compile(r"\s*#\s*(\w+)(.*)")
 _QUOTED = re.compile(r'\s*"([^"]+)"\s*$')
 _TOKEN = re.compile(r"""//.*|/\*|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'""")
 _OPENS = {"if", "ifdef", "ifndef"}
+
+
+@frozen
+class _Line:
+    """A line that is not passed on as it is: an include, or ``#pragma once``, where `included` is None.
+
+    Attributes:
+        number: from 1.
+        word: of the directive.
+        included: what stands behind ``include``.
+        conditional: whether it stands under an ``#if``.
+        shared: whether a comment of several lines begins, ends or goes on in it.
+
+    """
+
+    number: int
+    word: str
+    included: str | None
+    conditional: bool
+    shared: bool
+
+
+def _resolved(folders: Iterable[Path]) -> list[Path]:
+    return [folder.resolve() for folder in folders]
+
+
+@define(eq=False)
+class Headers:
+    """Files as they were when first read: those that many sources include are read and looked through once.
+
+    Attributes:
+        roots: folders of headers.
+
+    """
+
+    roots: Sequence[Path] = field(converter=_resolved)
+    _files: dict[Path, tuple[list[str], list[_Line]]] = field(factory=dict, init=False, repr=False)
+    _found: dict[tuple[Path, str], Path | None] = field(factory=dict, init=False, repr=False)
+
+    def name(self, path: Path) -> str:
+        """What a file is called, wherever it is installed."""
+        for root in self.roots:
+            if path.is_relative_to(root):
+                return path.relative_to(root).as_posix()
+        return f"{path.parent.name}/{path.name}"
+
+    def lines(self, path: Path) -> tuple[list[str], list[_Line]]:
+        """The lines of a file, and those of them that are not passed on as they are."""
+        known = self._files.get(path)
+        if known is None:
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise CompileError(f"{self.name(path)}: cannot be read as UTF-8 text: {error}") from error
+            lines = text.removesuffix("\n").split("\n")
+            known = self._files[path] = lines, list(_special(lines))
+        return known
+
+    def find(self, folder: Path, name: str) -> Path | None:
+        """The file that an include of a file in `folder` means."""
+        key = folder, name
+        if key not in self._found:
+            found = next((root / name for root in (folder, *self.roots) if (root / name).is_file()), None)
+            self._found[key] = found.resolve() if found is not None else None
+        return self._found[key]
+
+    def flatten(self, source: Path, before: Sequence[Path] = ()) -> str:
+        """See the function of that name."""
+        work = _Flattener(self)
+        for path in [*before, source]:
+            if not path.is_file():
+                raise CompileError(f"{path}: no such CUDA source")
+            work.file(path.resolve())
+        return "\n".join(work.lines) + "\n"
 
 
 def flatten(source: Path, roots: Sequence[Path], *, before: Sequence[Path] = ()) -> str:
@@ -41,59 +115,37 @@ def flatten(source: Path, roots: Sequence[Path], *, before: Sequence[Path] = ())
         CompileError: an include that is missing, circular, conditional or computed, or a file that is not UTF-8.
 
     """
-    work = _Flattener([root.resolve() for root in roots])
-    for path in [*before, source]:
-        if not path.is_file():
-            raise CompileError(f"{path}: no such CUDA source")
-        work.file(path.resolve())
-    return "\n".join(work.lines) + "\n"
+    return Headers(roots).flatten(source, before)
 
 
 @define
 class _Flattener:
-    roots: list[Path]
+    headers: Headers
     lines: list[str] = field(factory=list)
     done: set[Path] = field(factory=set)
     open: list[Path] = field(factory=list)
-
-    def name(self, path: Path) -> str:
-        for root in self.roots:
-            if path.is_relative_to(root):
-                return path.relative_to(root).as_posix()
-        return f"{path.parent.name}/{path.name}"
 
     def file(self, path: Path) -> None:
         """Append a file, unless it is in already."""
         if path in self.done:
             return
-        name = self.name(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CompileError(f"{name}: cannot be read as UTF-8 text: {error}") from error
+        name = self.headers.name(path)
+        lines, special = self.headers.lines(path)
         self.open.append(path)
         self.lines.append(f'#line 1 "{name}"')
-        in_comment, depth = False, 0
-        for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
-            if not in_comment and "#" not in line and "/*" not in line:  # most lines
-                self.lines.append(line)
-                continue
-            began_in_comment = in_comment
-            code, in_comment = _without_comments(line, in_comment)
-            directive = _DIRECTIVE.match(code)
-            word, rest = (directive[1], directive[2]) if directive else ("", "")
-            depth += (word in _OPENS) - (word == "endif")
-            once = word == "pragma" and rest.split() == ["once"]
-            quoted = word == "include" and not rest.lstrip().startswith("<")
-            if (once or quoted) and (in_comment or began_in_comment):
-                raise CompileError(f"{name}:{number}: #{word} shares its line with a comment of several lines")
-            if once:
+        passed = 0
+        for line in special:
+            self.lines += lines[passed : line.number - 1]
+            passed = line.number
+            where = f"{name}:{line.number}"
+            if line.shared:
+                raise CompileError(f"{where}: #{line.word} shares its line with a comment of several lines")
+            if line.included is None:
                 self.lines.append("")  # the compiler would warn about it in the main file
-            elif quoted:
-                self.include(path, rest, f"{name}:{number}", conditional=depth > 0)
-                self.lines.append(f'#line {number + 1} "{name}"')
             else:
-                self.lines.append(line)
+                self.include(path, line.included, where, conditional=line.conditional)
+                self.lines.append(f'#line {line.number + 1} "{name}"')
+        self.lines += lines[passed:]
         self.open.pop()
         self.done.add(path)
 
@@ -104,16 +156,30 @@ class _Flattener:
             raise CompileError(f"{where}: #include{rest}: only quoted and angle includes can be flattened")
         if conditional:
             raise CompileError(f'{where}: #include "{quoted[1]}" under #if: a file is put in once, include it always')
-        folders = [path.parent, *self.roots]
-        found = next((folder / quoted[1] for folder in folders if (folder / quoted[1]).is_file()), None)
+        found = self.headers.find(path.parent, quoted[1])
         if found is None:
-            looked = ", ".join(str(folder) for folder in folders)
+            looked = ", ".join(map(str, (path.parent, *self.headers.roots)))
             raise CompileError(f'{where}: #include "{quoted[1]}" not found in {looked}')
-        found = found.resolve()
         if found in self.open:
-            chain = " -> ".join(self.name(link) for link in [*self.open[self.open.index(found) :], found])
+            chain = " -> ".join(self.headers.name(link) for link in [*self.open[self.open.index(found) :], found])
             raise CompileError(f"{where}: circular include: {chain}")
         self.file(found)
+
+
+def _special(lines: Sequence[str]) -> Iterator[_Line]:
+    """The lines of a file that are not passed on as they are."""
+    in_comment, depth = False, 0
+    for number, line in enumerate(lines, start=1):
+        if not in_comment and "#" not in line and "/*" not in line:  # most lines
+            continue
+        began_in_comment = in_comment
+        code, in_comment = _without_comments(line, in_comment)
+        directive = _DIRECTIVE.match(code)
+        word, rest = (directive[1], directive[2]) if directive else ("", "")
+        depth += (word in _OPENS) - (word == "endif")
+        once = word == "pragma" and rest.split() == ["once"]
+        if once or (word == "include" and not rest.lstrip().startswith("<")):
+            yield _Line(number, word, None if once else rest, depth > 0, in_comment or began_in_comment)
 
 
 def _without_comments(line: str, in_comment: bool) -> tuple[str, bool]:

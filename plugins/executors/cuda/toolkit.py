@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ from mortice.core.errors import DeviceError
 from mortice.plugins.executors.cuda.driver import import_bindings
 from mortice.plugins.executors.cuda.errors import unusable
 
-__all__ = ["Compiler", "arch_for", "check_nvrtc", "find_compiler"]
+__all__ = ["Compiler", "arch_for", "check_nvrtc", "find_compiler", "look_for_compiler"]
 
 _VERSION = re.compile(rb"#define\s+CUDART_VERSION\s+(\d+)")
 _VERSION_WITHIN = 64 * 1024
@@ -85,8 +86,19 @@ def arch_for(compute_capability: tuple[int, int]) -> str:
     return find_compiler().arch_for(compute_capability)
 
 
-def find_compiler(environ: Mapping[str, str] = os.environ) -> Compiler:
-    """The installed NVRTC and the headers that fit it best. Needs no driver and no GPU.
+@cache
+def find_compiler() -> Compiler:
+    """The installed NVRTC and the headers that fit it best, looked for once. Needs no driver and no GPU.
+
+    Raises:
+        DeviceError: as `look_for_compiler` does.
+
+    """
+    return look_for_compiler(os.environ)
+
+
+def look_for_compiler(environ: Mapping[str, str]) -> Compiler:
+    """`find_compiler` where the environment is this.
 
     Headers are looked for in the installed ``nvidia`` packages, in ``$CUDA_PATH`` and ``$CUDA_HOME``, beside a conda
     Python and in ``/usr/local/cuda``. The first of NVRTC's own version is taken, else the first of its major version.

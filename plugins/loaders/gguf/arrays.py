@@ -6,7 +6,7 @@ import codecs
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import chain
 from typing import Any, overload
 
 import numpy as np
@@ -18,6 +18,9 @@ from mortice.plugins.loaders.gguf.reader import Reader
 __all__ = ["StringArray", "read_numbers", "read_strings"]
 
 _PREFIX = 8  # bytes of the length before each string
+_TOGETHER = 1 << 14  # strings decoded at once by those who want all
+_WINDOW = 1 << 20  # bytes looked through at once for the lengths of strings
+_MOST_STEPS = 4096  # over runs of short strings, or single long ones
 
 
 class StringArray(Sequence[str]):
@@ -50,8 +53,19 @@ class StringArray(Sequence[str]):
         return self._data[int(self._starts[at]) : int(self._starts[at + 1]) - _PREFIX].decode()
 
     def __iter__(self) -> Iterator[str]:
-        data, starts = self._data, self._starts.tolist()
-        return (data[start : after - _PREFIX].decode() for start, after in pairwise(starts))
+        steps = range(0, len(self), _TOGETHER)
+        return chain.from_iterable(self._decoded(first, min(first + _TOGETHER, len(self))) for first in steps)
+
+    def _decoded(self, first: int, last: int) -> list[str]:
+        """Strings [first, last), all with one call where no text has the zeros that then stand for the lengths."""
+        starts = self._starts[first : last + 1]
+        begin = int(starts[0]) - _PREFIX
+        blank = np.frombuffer(self._data, np.uint8)[begin : int(starts[-1]) - _PREFIX].copy()
+        for back in range(1, _PREFIX + 1):
+            blank[starts[:-1] - back - begin] = 0
+        if np.count_nonzero(blank) + _PREFIX * (last - first) == len(blank):
+            return blank.tobytes().decode().split("\0" * _PREFIX)[1:]
+        return self[first:last]
 
     def __repr__(self) -> str:
         return f"<{len(self)} strings>"
@@ -70,14 +84,27 @@ def read_strings(reader: Reader, key: str, count: int, allowed: int = MAX_ARRAY_
         ModelFileError: naming the first string that is broken.
 
     """
-    at = base = reader.position
+    base = reader.position
     if count * _PREFIX > reader.limit - base:
         raise reader.too_long(f"{key}: an array of {count} strings", count * _PREFIX, base)
     if count > allowed:
         raise reader.error(f"{key}: an array of {count} strings, at most {allowed} are allowed here")
 
+    bounds = _bounds_of_short(reader, count)
+    if bounds is None:
+        bounds = _bounds(reader, key, count)
+    at = reader.position = int(bounds[-1])
+
+    strings = StringArray(reader.buffer[base:at], bounds + (_PREFIX - base))
+    _check_utf8(reader, key, base, strings)
+    return strings
+
+
+def _bounds(reader: Reader, key: str, count: int) -> NDArray[np.int64]:
+    """Where the length of each of the next strings lies, and where they end; one after the other."""
     # The only loop that runs once per token of a vocabulary: no method calls of ours in it.
-    bounds = array("q", [base])
+    at = reader.position
+    bounds = array("q", [at])
     append, buffer, limit = bounds.append, reader.buffer, reader.limit
     unpack = struct.Struct(reader.order + "Q").unpack_from
     try:
@@ -91,11 +118,51 @@ def read_strings(reader: Reader, key: str, count: int, allowed: int = MAX_ARRAY_
     if at > limit:
         start = bounds[-1] + _PREFIX
         raise reader.too_long(f"{key}[{len(bounds) - 1}]: a string", at - start, start)
-    reader.position = at
+    return np.frombuffer(bounds, np.int64)
 
-    strings = StringArray(reader.buffer[base:at], np.frombuffer(bounds, np.int64) + (_PREFIX - base))
-    _check_utf8(reader, key, base, strings)
-    return strings
+
+def _bounds_of_short(reader: Reader, count: int) -> NDArray[np.int64] | None:
+    """`_bounds`, many at once: lengths below 256 are known by the seven zeros behind them.
+
+    Strings that are longer, or have such zeros themselves, are stepped over one by one. None where those are many, or
+    where anything is not as it should be.
+    """
+    if reader.order != "<":
+        return None
+    at, end, left, patience = reader.position, reader.limit, count, _MOST_STEPS
+    found: list[NDArray[np.int64]] = []
+    while left:
+        window = np.frombuffer(reader.buffer[at : min(at + _WINDOW, end)], np.uint8)
+        if len(window) < _PREFIX:
+            return None
+        heads = _short_lengths(window)
+        after = heads + _PREFIX + window[heads]
+        breaks = np.flatnonzero(after[:-1] != heads[1:])
+        here = 0
+        while left and here <= len(window) - _PREFIX:
+            first = int(np.searchsorted(heads, here))
+            if first < len(heads) and heads[first] == here:
+                run = int(np.searchsorted(breaks, first))
+                last = min(int(breaks[run]) if run < len(breaks) else len(heads) - 1, first + left - 1)
+                found.append(heads[first : last + 1] + at)
+                here, left = int(after[last]), left - (last + 1 - first)
+            else:
+                found.append(np.array([at + here], np.int64))
+                here, left = here + _PREFIX + int(window[here : here + _PREFIX].view("<u8")[0]), left - 1
+            patience -= 1
+            if not patience or at + here > end:
+                return None
+        at += here
+    return np.concatenate([*found, np.array([at], np.int64)])
+
+
+def _short_lengths(window: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Places of bytes that seven zeros follow."""
+    zero = window == 0
+    run = zero[1 : len(window) - _PREFIX + 2].copy()
+    for ahead in range(2, _PREFIX):
+        run &= zero[ahead : ahead + len(run)]
+    return np.flatnonzero(run)
 
 
 def _check_utf8(reader: Reader, key: str, base: int, strings: StringArray) -> None:

@@ -87,11 +87,13 @@ class MeasuredWay:
         def arrived(parts: Sequence[RawRows]) -> None:
             nonlocal began, seen
             left.arrived(parts)
+            if seen >= self.trial_bytes:  # judged
+                return
             if began is None:  # what came before, such as pinning memory, is paid already
                 began = self.clock()
                 return
-            before, seen = seen, seen + sum(part.data.nbytes for part in parts)
-            if before < self.trial_bytes <= seen and left.nbytes >= _WORTH_A_TRIAL * self.trial_bytes:
+            seen += sum(part.data.nbytes for part in parts)
+            if seen >= self.trial_bytes and left.nbytes >= _WORTH_A_TRIAL * self.trial_bytes:
                 rate = seen / (self.clock() - began)
                 if rate < wanted:
                     raise _TooSlowError(rate)
@@ -100,18 +102,24 @@ class MeasuredWay:
 
 
 class _Left:
-    """Which rows have not arrived, whatever parts they come in."""
+    """Which rows have not arrived, whatever parts they come in.
+
+    Parts are only noted when they come: the thread that hears of them is the one that feeds the device.
+    """
 
     def __init__(self, rows: Sequence[RawRows], arrived: Arrived) -> None:
-        self.nbytes = sum(part.data.nbytes for part in rows)
         self._rows = rows
         self._arrived = arrived
         self._parts: list[RawRows] = []
 
     def arrived(self, parts: Sequence[RawRows]) -> None:
         self._parts += parts
-        self.nbytes -= sum(part.data.nbytes for part in parts)
         self._arrived(parts)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the rows left."""
+        return sum(part.data.nbytes for part in self._rows) - sum(part.data.nbytes for part in self._parts)
 
     def rows(self) -> list[RawRows]:
         """Those left, in their order, neighbours together."""

@@ -29,13 +29,15 @@ from mortice.core.model.weight_plan import WeightPlan, plan_weights
 from mortice.core.synth.model import synth_model
 from mortice.core.synth.recipes import RECIPES
 from mortice.core.synth.shapes import SHAPES
-from mortice.plugins.executors.cuda.attend import attend_fits, attend_threads
+from mortice.plugins.executors.cuda.attend import attend_fits, attend_tensor, attend_threads, left_runs
 from mortice.plugins.executors.cuda.build import compile_all
+from mortice.plugins.executors.cuda.crossovers import RowCrossovers
 from mortice.plugins.executors.cuda.executor import CudaExecutor
 from mortice.plugins.executors.cuda.fusion import PlaceGroup
 from mortice.plugins.executors.cuda.launches import LaunchSpec
 from mortice.plugins.executors.cuda.lowering import Lowering
 from mortice.plugins.executors.cuda.matmul import attention_tile
+from mortice.plugins.executors.cuda.matmul_ring import RING_ROWS
 from mortice.plugins.executors.cuda.nvrtc import Source
 from mortice.plugins.executors.cuda.sources import OPS, KernelSources
 from tests.plugins.cuda.covering import covering_set
@@ -105,8 +107,9 @@ SOURCES = KernelSources(TRAITS)
 
 
 def lowered(plan: WeightPlan, kv_type: str) -> Iterator[Wanted]:
-    """The sources of a program, with both kinds of activations."""
-    for archs, quantize in product((BULK_COPIES, WITHOUT_BULK_COPIES), (True, False)):
+    """The sources of a program, with both kinds of activations, and with rings or without where there are any."""
+    ways = [*product((BULK_COPIES, WITHOUT_BULK_COPIES), (True, False), (RING_ROWS,)), (BULK_COPIES, True, 0)]
+    for archs, quantize, ring_rows in ways:
         lowering = Lowering(
             plan=plan,
             sources=SOURCES,
@@ -116,6 +119,7 @@ def lowered(plan: WeightPlan, kv_type: str) -> Iterator[Wanted]:
             quantize_activations=quantize,
             cublas=True,
             bulk_copies=archs is BULK_COPIES,
+            crossovers=RowCrossovers(ring_rows=ring_rows),
         )
         parts = [part for path in lowering.paths for part in lowering.launches(path)]
         yield from ((spec.source, archs) for part in parts for spec in part if isinstance(spec, LaunchSpec))
@@ -154,12 +158,14 @@ def of_heads() -> Iterator[Wanted]:
             kv_type = "f16"
         attention = _attention(head_dim, group, softcap, window)
         tile = attention_tile(group)
-        yield SOURCES.attention(attention, kv_type), ARCHS
+        yield from ((SOURCES.attention(attention, kv_type, exact=exact), ARCHS) for exact in (False, True))
         place = _place(head_dim, "halves", head_dim, "rms", attention)
         archs = ARCHS if attend_fits(attention, kv_type, bulk_copies=False) else BULK_COPIES
-        yield SOURCES.attend(place, kv_type, 16, attend_threads(attention, kv_type)), archs
+        threads, tensor = attend_threads(attention, kv_type), attend_tensor(attention, kv_type)
+        for left in (0, left_runs(attention)):
+            yield SOURCES.attend(place, kv_type, 16, threads, tensor=tensor, left_runs=left), archs
         if kv_type != "f32":
-            yield SOURCES.attention(attention, kv_type, tile.rows), ARCHS
+            yield SOURCES.attention(attention, kv_type, tile.rows, exact=False), ARCHS
             yield SOURCES.attention_prefill(attention, kv_type, tile), ARCHS
     styles: tuple[Style, ...] = ("adjacent", "halves")
     norms: tuple[NormType | None, ...] = (None, "rms", "layer")

@@ -239,3 +239,12 @@ def test_dynamic_shared_memory_past_the_default_is_asked_for_once(api: FakeDrive
     function.set_dynamic_shared(100_000)
     assert function.blocks_per_sm(128, 90_000) == 2
     assert [arguments[-1] for arguments in api.called("cuFuncSetAttribute")] == [100_000]
+
+
+def test_what_a_kernel_declares_itself_counts_against_the_default(api: FakeDriverApi) -> None:
+    api.answers["cuFuncGetAttribute"] = (192,)  # bytes of static shared memory
+    function = Function(driver_of(api), 1, "scale")
+    function.set_dynamic_shared(48 * 1024 - 192)
+    assert api.called("cuFuncSetAttribute") == []
+    assert function.blocks_per_sm(128, 48 * 1024) == 2
+    assert [arguments[-1] for arguments in api.called("cuFuncSetAttribute")] == [48 * 1024]

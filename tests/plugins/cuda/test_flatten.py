@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mortice.plugins.executors.cuda.errors import CompileError
-from mortice.plugins.executors.cuda.flatten import flatten
+from mortice.plugins.executors.cuda.flatten import Headers, flatten
 
 
 def tree(folder: Path, files: Mapping[str, str]) -> Path:
@@ -133,3 +133,23 @@ def test_a_source_that_is_not_there_or_not_utf8_is_refused(tmp_path: Path) -> No
     (tmp_path / "latin.cu").write_bytes(b"// caf\xe9\n")
     with pytest.raises(CompileError, match=r"latin.cu: cannot be read as UTF-8 text"):
         flatten(tmp_path / "latin.cu", [])
+
+
+def test_sources_that_share_headers_are_flattened_as_each_by_itself(tmp_path: Path) -> None:
+    files = {
+        "a.cu": '#include "h.cuh"\nint a;\n',
+        "b.cu": 'int b;\n#include "h.cuh"\n',
+        "h.cuh": "#pragma once\nint h;\n",
+    }
+    root = tree(tmp_path, files)
+    headers = Headers([root])
+    for name in ("a.cu", "b.cu", "a.cu"):
+        assert headers.flatten(root / name) == flatten(root / name, [root])
+
+
+def test_a_header_is_what_it_was_when_it_was_first_read(tmp_path: Path) -> None:
+    root = tree(tmp_path, {"a.cu": '#include "h.cuh"\n', "b.cu": '#include "h.cuh"\n', "h.cuh": "int before;\n"})
+    headers = Headers([root])
+    headers.flatten(root / "a.cu")
+    (root / "h.cuh").write_text("int after;\n")
+    assert "int before;" in headers.flatten(root / "b.cu")

@@ -13,7 +13,7 @@ from mortice.plugins.executors.cuda.build import compile_all
 from mortice.plugins.executors.cuda.errors import CompileError
 from mortice.plugins.executors.cuda.flatten import flatten
 from mortice.plugins.executors.cuda.nvrtc import KernelResources, Source, compile_cubin, read_resources
-from mortice.plugins.executors.cuda.toolkit import Compiler, find_compiler, header_version
+from mortice.plugins.executors.cuda.toolkit import Compiler, header_version, look_for_compiler
 from tests.support.cuda import needs_nvrtc
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -210,7 +210,7 @@ def test_headers_of_the_compilers_own_version_are_preferred(tmp_path: Path, monk
     fake_nvrtc(monkeypatch, (57, 3))
     headers(tmp_path / "old", 57010)
     own = headers(tmp_path / "own", 57030)
-    compiler = find_compiler({"CUDA_PATH": str(tmp_path / "old"), "CUDA_HOME": str(tmp_path / "own")})
+    compiler = look_for_compiler({"CUDA_PATH": str(tmp_path / "old"), "CUDA_HOME": str(tmp_path / "own")})
     assert compiler.headers == own
     assert compiler.notes == ()
 
@@ -218,7 +218,7 @@ def test_headers_of_the_compilers_own_version_are_preferred(tmp_path: Path, monk
 def test_headers_of_another_minor_version_are_used_and_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_nvrtc(monkeypatch, (57, 3))
     headers(tmp_path, 57010)
-    compiler = find_compiler({"CUDA_PATH": str(tmp_path)})
+    compiler = look_for_compiler({"CUDA_PATH": str(tmp_path)})
     assert compiler.header_version == (57, 1)
     assert compiler.notes[0].startswith("NVRTC 57.3 compiles with CUDA headers 57.1")
 
@@ -227,19 +227,19 @@ def test_headers_of_another_major_version_are_refused(tmp_path: Path, monkeypatc
     fake_nvrtc(monkeypatch, (57, 3))
     headers(tmp_path, 56090)
     with pytest.raises(DeviceError, match=r"install nvidia-cuda-runtime==57.3.*; other versions: .*\(56.9\)"):
-        find_compiler({"CUDA_PATH": str(tmp_path)})
+        look_for_compiler({"CUDA_PATH": str(tmp_path)})
 
 
 def test_a_missing_nvrtc_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_nvrtc(monkeypatch, None)
     with pytest.raises(DeviceError, match=r'NVRTC 13.* install mortice\[cuda13\].*nvidia-cuda-nvrtc.*"reference"'):
-        find_compiler({})
+        look_for_compiler({})
 
 
 def test_missing_bindings_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
     with pytest.raises(DeviceError, match=r'cuda-python.* mortice\[cuda12\] or mortice\[cuda13\].*"reference"'):
-        find_compiler({})
+        look_for_compiler({})
 
 
 def test_a_folder_without_headers_has_no_version(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -59,3 +61,15 @@ def test_what_went_wrong_while_waking_is_said_when_the_device_is_asked_for(monke
     with pytest.raises(DeviceError, match=r"^no driver$"):
         executor.opened()
     assert executor.opened() is not None
+
+
+def test_what_only_a_run_needs_is_not_imported_with_the_plugins() -> None:
+    code = """
+import sys
+from mortice.core.plugin.registry import make_registry
+make_registry()
+assert "mortice.plugins.executors.cuda.executor" in sys.modules
+for name in ("runtime", "lowering", "arena", "sources", "tuning"):
+    assert f"mortice.plugins.executors.cuda.{name}" not in sys.modules, name
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -115,6 +115,27 @@ def test_string_arrays_are_sequences_that_decode_on_use(tmp_path: Path, order: s
         assert list(value(model, "s.empty")) == []
 
 
+@ORDERS
+def test_many_strings_decoded_together_are_what_each_is_by_itself(tmp_path: Path, order: str) -> None:
+    wanted = [f"{'Ġ' * (index % 5)}{index}" for index in range(100_000)]  # more than are looked through at once
+    wanted[7], wanted[20_000], wanted[20_001] = "", "a\0b", "\0" * 9  # zeros look like what parts short strings
+    wanted[300], wanted[70_000] = "x" * 255, "ö" * 128
+    made = GgufBytes(order=order).text("general.architecture", "llama").strings("s", wanted)
+    with opened(made.write(tmp_path / "m.gguf")) as model:
+        strings = value(model, "s")
+        assert list(strings) == wanted
+        assert strings[20_000] == "a\0b"
+
+
+@pytest.mark.parametrize("text", ["", "\0", "\0" * 20, "x" * 256, "\1" + "\0" * 7], ids=repr)
+def test_a_string_that_looks_like_lengths_may_come_thousands_of_times(tmp_path: Path, text: str) -> None:
+    wanted = ["a", *[text] * 9000, "b"]
+    made = GgufBytes().text("general.architecture", "llama").strings("s", wanted)
+    with opened(made.text("after", "end").write(tmp_path / "m.gguf")) as model:
+        assert list(value(model, "s")) == wanted
+        assert value(model, "after") == "end"
+
+
 def test_strings_are_not_decoded_when_the_file_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mortice.plugins.loaders.gguf.arrays import StringArray
 
