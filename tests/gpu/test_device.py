@@ -33,6 +33,14 @@ extern "C" __global__ void big_shared(float* y) {
     __syncthreads();
     y[threadIdx.x] = s[20000 + (threadIdx.x + 1) % blockDim.x];
 }
+extern "C" __global__ void own_and_given(float* y) {
+    extern __shared__ float s[];
+    __shared__ float own[32];
+    own[threadIdx.x] = threadIdx.x;
+    s[threadIdx.x] = 100.0f;
+    __syncthreads();
+    y[threadIdx.x] = s[threadIdx.x] + own[(threadIdx.x + 1) % 32];
+}
 extern "C" __global__ void spin(float* y, long long cycles) {
     const long long start = clock64();
     while (clock64() - start < cycles) {}
@@ -129,6 +137,16 @@ def test_more_shared_memory_than_the_default_is_given(module: Module, stream: St
         result = np.empty(128, np.float32)
         stream.read(result, y.address)
     np.testing.assert_array_equal(result, np.roll(np.arange(128), -1))
+
+
+def test_the_default_of_shared_memory_beside_what_a_kernel_has_itself_is_given(
+    module: Module, stream: Stream, device: Device
+) -> None:
+    with device.allocate(4 * 32) as y:
+        module.function("own_and_given").prepare(1, 32, [y], dynamic_shared=48 << 10)(stream)
+        result = np.empty(32, np.float32)
+        stream.read(result, y.address)
+    np.testing.assert_array_equal(result, 100 + np.roll(np.arange(32), -1))
 
 
 def test_a_variable_of_the_module_is_found(module: Module, stream: Stream) -> None:

@@ -22,7 +22,8 @@ Extent = int | tuple[int, int, int]
 """A grid, block or cluster: (x, y, z), or x alone."""
 
 _SHARED_WITHOUT_ASKING = 48 * 1024
-"""Dynamic shared memory a kernel gets without raising its limit (CUDA C++ Programming Guide, "Shared Memory")."""
+"""Shared memory a kernel gets without raising a limit, what it declares itself included (CUDA C++ Programming Guide,
+"Shared Memory")."""
 _PARAMETER_INFO_SINCE = (12, 4)
 
 
@@ -65,7 +66,7 @@ class Function:
     _driver: Driver = field(repr=False)
     cu: Any = field(repr=False)
     name: str
-    _dynamic_shared: int = field(default=_SHARED_WITHOUT_ASKING, init=False, repr=False)
+    _dynamic_shared: int | None = field(default=None, init=False, repr=False)
     _parameter_sizes: list[int] | None = field(default=None, init=False, repr=False)
 
     def attribute(self, name: str) -> int:
@@ -77,6 +78,8 @@ class Function:
 
     def set_dynamic_shared(self, nbytes: int) -> None:
         """Allow launches with this much dynamic shared memory; `prepare` does it where needed."""
+        if self._dynamic_shared is None:
+            self._dynamic_shared = _SHARED_WITHOUT_ASKING - self.attribute("SHARED_SIZE_BYTES")
         if nbytes > self._dynamic_shared:
             self._driver("cuFuncSetAttribute", self.cu, self._attribute("MAX_DYNAMIC_SHARED_SIZE_BYTES"), nbytes)
             self._dynamic_shared = nbytes
