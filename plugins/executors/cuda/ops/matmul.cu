@@ -86,7 +86,7 @@ extern "C" __device__ const int shared_bytes = SLICE_STEPS * kStepParts * 16;
 template <class Q>
 constexpr bool kLoadsAhead = sizeof(typename Q::Weight32) <= 48;
 template <class Q>
-constexpr int kInFlight = HEIGHT * kTiles <= 4 && (!kLoadsAhead<Q> || sizeof(typename Q::Weight32) <= 36) ? 2 : 1;
+constexpr int kInFlight = HEIGHT * kTiles == 1 && (!kLoadsAhead<Q> || sizeof(typename Q::Weight32) <= 36) ? 2 : 1;
 
 // One step: the products of 16 rows by 128 columns with all rows of the pass.
 template <class Q>
