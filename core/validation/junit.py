@@ -65,9 +65,11 @@ def _warns(finding: Finding) -> bool:
 
 
 def _not_reached(result: ModelResult, step: str) -> str:
-    if step == "tensor data":
-        return "" if result.data is not None else "not asked for; --deep reads tensor data"
-    return "not reached" if result.error is not None and result.contract is None and step != "opens" else ""
+    if result.error is not None and result.contract is None and step != "opens":
+        return "not reached"
+    if step == "tensor data" and result.data is None:
+        return "not asked for; --deep reads tensor data"
+    return ""
 
 
 def _lines(findings: Iterable[Finding]) -> str:

@@ -180,6 +180,7 @@ def test_a_file_that_does_not_open_is_an_error_and_its_other_steps_are_skipped()
     root = junit()
     assert case(root, 3, "opens").find("error") is not None
     assert [step.find("skipped") is not None for step in root[3]][1:] == [True] * 4
+    assert [skipped.get("message") for skipped in root[3].iter("skipped")] == ["not reached"] * 4
 
 
 def test_the_data_step_is_skipped_unless_data_were_read() -> None:
