@@ -62,4 +62,4 @@ def t2_to_float32(rows: NDArray[np.uint8]) -> NDArray[np.float32]:
     scales = blocks[:, :2].copy().view("<f2").astype(np.float32)
     codes = blocks[:, 2:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3
     values = scales * (codes.reshape(-1, T2.block_elements).astype(np.float32) - 1)
-    return values.reshape(len(rows), -1)
+    return values.reshape(len(rows), rows.shape[1] // T2.block_bytes * T2.block_elements)
