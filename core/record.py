@@ -210,25 +210,31 @@ class RunRecord:
                 part.unlink(missing_ok=True)
 
     def require_files(self, found: Sequence[FileHash], folder: Path) -> None:
-        """Refuse a model that is not the recorded one.
+        """Refuse a model that is not the recorded one. What counts is what is in its files, not how they are called.
 
         Raises:
             ModelFileError: naming the first file that differs, is missing or was not there.
 
         """
-        now = {file.name: file for file in found}
+        rest, missing = list(found), []
         for file in self.files:
-            other = now.pop(file.name, None)
+            same = [other for other in rest if (other.nbytes, other.sha256) == (file.nbytes, file.sha256)]
+            if same:
+                rest.remove(same[0])
+            else:
+                missing.append(file)
+        alone = len(missing) == len(rest) == 1
+        for file in missing:
+            other = next((other for other in rest if alone or other.name == file.name), None)
             if other is None:
-                raise ModelFileError(folder, f"has no file {file.name}, which the record has")
+                raise ModelFileError(folder, f"has no file like {file.name} of the record")
             if other.nbytes != file.nbytes:
-                message = f"has {other.nbytes} bytes, the record says {file.nbytes}: it is not the model that was run"
-                raise ModelFileError(folder / file.name, message)
-            if other.sha256 != file.sha256:
+                message = f"has {other.nbytes} bytes, the record says {file.nbytes}"
+            else:
                 message = f"SHA-256 is {other.sha256[:12]}…, the record says {file.sha256[:12]}…"
-                raise ModelFileError(folder / file.name, f"{message}: it is not the model that was run")
-        if now:
-            raise ModelFileError(folder / next(iter(now)), "is not among the model's files in the record")
+            raise ModelFileError(folder / other.name, f"{message}: it is not the model that was run")
+        if rest:
+            raise ModelFileError(folder / rest[0].name, "is not among the model's files in the record")
 
 
 def read_record(path: Path) -> RunRecord:

@@ -115,21 +115,42 @@ def read_contract(path: Path) -> Contract:
         raise ContractError(str(error)) from None
 
 
-def choose_executor(registry: Registry, name: str) -> tuple[Executor, DeviceInfo, str]:
-    """The executor, its device, and why it was chosen."""
+def choose_executor(registry: Registry, name: str, *, advice: str = "") -> tuple[Executor, DeviceInfo, str]:
+    """The executor, its device, and why it was chosen.
+
+    Args:
+        registry: the plugins.
+        name: its name, or ``auto``.
+        advice: what to do where the executor asked for has no device; by default what it says itself, which is how to
+            run on the CPU. That helps no command for which the CPU is not enough.
+
+    Raises:
+        DeviceError: when the executor asked for has no device it can use.
+
+    """
     if name != "auto":
         executor = registry.executor(name)
-        return executor, executor.device(), "asked for"
+        try:
+            return executor, executor.device(), "asked for"
+        except DeviceError as error:
+            if not advice:
+                raise
+            raise DeviceError(f"{_fact(error)}; {advice}") from error
     if "cuda" in registry.executors:
         executor = registry.executor("cuda")
         try:
             return executor, executor.device(), "auto: a usable GPU is there"
         except DeviceError as error:
-            why = f"auto: {str(error).partition('; ')[0]}"
+            why = f"auto: {_fact(error)}"
     else:
         why = "auto: no CUDA executor is registered"
     executor = registry.executor("reference")
     return executor, executor.device(), why
+
+
+def _fact(error: DeviceError) -> str:
+    """What an error says without the advice it ends with."""
+    return str(error).partition("; ")[0]
 
 
 def wake_executor(registry: Registry, name: str) -> None:

@@ -23,6 +23,7 @@ from mortice.core.synth.model import synth_model
 from mortice.core.synth.recipes import OneType
 
 __all__ = [
+    "NEEDS_DEVICE",
     "LeftOut",
     "ProductModel",
     "ProductReport",
@@ -31,6 +32,9 @@ __all__ = [
     "models_of_shape",
     "require_product_times",
 ]
+
+NEEDS_DEVICE = "timing products takes a CUDA device: run it on a machine where nvidia-smi lists one"
+"""What to do where products cannot be timed."""
 
 
 @frozen(kw_only=True)
@@ -115,15 +119,15 @@ class ProductReport:
     left_out: tuple[LeftOut, ...] = ()
 
 
-def require_product_times(executor: Executor) -> TimesProducts:
-    """The executor, if it can time products.
+def require_product_times(executor: Executor, why: str = "asked for") -> TimesProducts:
+    """The executor, if it can time products; `why` it was chosen is said where it cannot.
 
     Raises:
         UnsupportedError: when it cannot.
 
     """
     if not isinstance(executor, TimesProducts):
-        raise UnsupportedError(f"products: the executor {executor.name} cannot time them")
+        raise UnsupportedError(f"products: executor {executor.name} ({why}) cannot time them; {NEEDS_DEVICE}")
     return executor
 
 

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
@@ -28,8 +27,6 @@ __all__ = [
     "prompt_encoder",
     "read_stdin",
     "require_chat",
-    "require_file_name",
-    "require_no_model_file",
     "require_stdin",
 ]
 
@@ -160,30 +157,6 @@ def prompt_encoder(pipeline: Pipeline, prompt: PromptConfig) -> Iterator[Callabl
     before = [] if prompt.system is None else [Message(role="system", content=prompt.system)]
     with closing(ChatTemplate.from_metadata(pipeline.model.file.metadata, tokenizer)) as template:
         yield lambda text: encode_chat(tokenizer, template, [*before, Message(role="user", content=text)])
-
-
-def require_file_name(flag: str, path: Path, *, replaced: bool = False) -> None:
-    """Refuse a path at which no file could be written, before all the work; or, when it is `replaced`, what is none."""
-    try:
-        target = path.resolve()  # a link's target is what would be written
-        if target.is_dir():
-            found = "a folder"
-        elif not target.parent.is_dir():
-            found = "no folder to write it in"
-        elif replaced and target.exists() and not target.is_file():
-            found = "a device, a pipe or a socket"
-        else:
-            return
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-        raise ConfigError(f"{flag}: {path}: {getattr(error, 'strerror', None) or error}") from None
-    raise ConfigError(f"{flag}: {path}: found {found}, wanted the name of a file")
-
-
-def require_no_model_file(flag: str, path: Path, files: Sequence[Path]) -> None:
-    """Refuse to write over a file of the model."""
-    for file in files:
-        if path.exists() and path.samefile(file):
-            raise ConfigError(f"{flag}: {path}: is a file of the model, wanted another")
 
 
 def require_stdin() -> None:

@@ -176,7 +176,13 @@ def _products(
     model: str | None, config: RunConfig, wanted: BenchSettings, types: tuple[str, ...], screen: Screen, form: str
 ) -> None:
     from mortice.core.bench.product_report import products_as_dict, products_csv, products_markdown
-    from mortice.core.bench.products import ProductModel, bench_products, models_of_shape, require_product_times
+    from mortice.core.bench.products import (
+        NEEDS_DEVICE,
+        ProductModel,
+        bench_products,
+        models_of_shape,
+        require_product_times,
+    )
     from mortice.core.bench.results import BenchSettings
     from mortice.core.stages import choose_executor, registry_for
     from mortice.core.synth.model import is_shape_and_recipe
@@ -188,8 +194,8 @@ def _products(
     context = config.executor.context or _SHORT_CONTEXT
     config = evolve(config, executor=evolve(config.executor, context=context, step_tokens=max(wanted.batch)))
     registry = registry_for(config)
-    executor, _, _ = choose_executor(registry, config.executor.name)
-    require_product_times(executor)
+    executor, _, why = choose_executor(registry, config.executor.name, advice=NEEDS_DEVICE)
+    require_product_times(executor, why)
     model = model or _DEFAULT_SHAPE
     if Path(model).exists() or is_shape_and_recipe(model):
         if types:

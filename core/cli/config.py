@@ -21,6 +21,7 @@ from mortice.core.cli.flags import (
     settings,
 )
 from mortice.core.cli.render import Screen, json_text
+from mortice.core.cli.written_files import ForceFlag
 from mortice.core.config_keys import config_keys
 from mortice.core.errors import ConfigError, MorticeError
 
@@ -35,7 +36,7 @@ def init(
     file: Annotated[Path | None, Parameter(help="Where to write it; standard output when left out.")] = None,
     /,
     *,
-    force: Annotated[bool, Parameter(negative=(), help="Overwrite the file.", show_default=False)] = False,
+    force: ForceFlag = False,
     talk: TalkFlags | None = None,
 ) -> int:
     """Write a config with every key, explained and set to its default."""

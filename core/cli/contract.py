@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from mortice.core.cli.flags import CommonFlags, ModelPath
 from mortice.core.cli.render import Screen, printable
+from mortice.core.cli.written_files import ForceFlag, require_writable
 from mortice.core.errors import ConfigError, ContractError, ExecutionError
 
 if TYPE_CHECKING:
@@ -57,9 +58,8 @@ def derive(
         ),
     ] = False,
     name: Annotated[str | None, Parameter(help="The contract's name; by default the file's architecture.")] = None,
-    to: Annotated[
-        Path | None, Parameter(name=("--output", "-o"), help="Write the draft into this file, which must not exist.")
-    ] = None,
+    to: Annotated[Path | None, Parameter(name=("--output", "-o"), help="Write the draft into this file.")] = None,
+    force: ForceFlag = False,
     common: CommonFlags | None = None,
 ) -> int:
     """Draft the contract of a model file, of an unknown architecture too.
@@ -74,6 +74,8 @@ def derive(
 
     common = common or CommonFlags()
     screen = common.screen()
+    if to is not None:
+        require_writable("--output", to, force=force, inputs=[file])
     registry = _registry(common)
     alike = _contract(registry, like, "--like") if like is not None else None
     with open_file(registry, file) as opened:
@@ -84,7 +86,7 @@ def derive(
     if to is None:
         screen.say(text.removesuffix("\n"))
     else:
-        _write(to, text, "x")
+        _write(to, text)
     screen.result({"contract": text, "unknown": dict(draft.unknown), "remarks": list(draft.remarks)})
     _note_open(screen, draft, text)
     return 0
@@ -160,6 +162,7 @@ def show(
     picture: Annotated[
         Path | None, Parameter(name="--picture", help="Also draw the program into this SVG file.")
     ] = None,
+    force: ForceFlag = False,
     common: CommonFlags | None = None,
 ) -> int:
     """Print the program a contract builds, alike layers once, with every shape and number."""
@@ -170,6 +173,8 @@ def show(
     screen = common.screen()
     if file is not None and sizes is not None:
         raise ConfigError("--file and --sizes: found both, wanted one")
+    if picture is not None:
+        require_writable("--picture", picture, force=force, inputs=[] if file is None else [file])
     registry = _registry(common)
     program = _program(registry, _contract(registry, contract), file, sizes)
     screen.say(program_listing(program))
@@ -194,7 +199,7 @@ def show(
         }
     )
     if picture is not None:
-        _write(picture, program_picture(program), "w")
+        _write(picture, program_picture(program))
         screen.note(f"{picture}: drawn")
     return 0
 
@@ -251,11 +256,8 @@ def _served(registry: Registry) -> dict[tuple[str, str], tuple[Contract, list[st
     return served
 
 
-def _write(path: Path, text: str, mode: str) -> None:
+def _write(path: Path, text: str) -> None:
     try:
-        with path.open(mode, encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise ConfigError(f"{path}: exists already; remove it or choose another name") from None
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ExecutionError(f"{path}: cannot be written: {error.strerror or error}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from mortice.core.cli.render import Screen
-from mortice.core.model.findings import Finding, join_layers
+from mortice.core.model.findings import Finding, join_findings
 
 __all__ = ["COLUMNS", "counts_text", "finding_rows", "note_findings"]
 
@@ -14,20 +14,11 @@ COLUMNS = ("severity", "rule", "where", "found", "wanted")
 
 def finding_rows(findings: Iterable[Finding]) -> list[tuple[str, ...]]:
     """Rows for `COLUMNS`; ``blk.0.attn_q.weight`` … ``blk.29.attn_q.weight`` become ``blk.{0..29}.attn_q.weight``."""
-    rows: dict[tuple[str, ...], list[Finding]] = {}
-    for finding in findings:
-        alike = (finding.severity, finding.rule, finding.found, finding.wanted, finding.plugin)
-        rows.setdefault(alike, []).append(finding)
-    return [_row(group[0], where) for group in rows.values() for where in _places(group)]
+    return [_row(finding) for finding in join_findings(findings)]
 
 
-def _places(group: Sequence[Finding]) -> list[str]:
-    if len(group) == 1 and group[0].offset is not None:
-        return [f"{group[0].subject} (byte {group[0].offset})"]
-    return join_layers(finding.subject for finding in group)
-
-
-def _row(finding: Finding, where: str) -> tuple[str, ...]:
+def _row(finding: Finding) -> tuple[str, ...]:
+    where = finding.subject if finding.offset is None else f"{finding.subject} (byte {finding.offset})"
     wanted = finding.wanted if finding.plugin == "mortice" else f"{finding.wanted} [plugin {finding.plugin}]"
     return finding.severity, finding.rule, where, finding.found, wanted
 

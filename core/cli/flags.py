@@ -109,7 +109,12 @@ FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 _ORIGINS: ContextVar[Mapping[str, Origin]] = ContextVar("origins", default=MappingProxyType({}))
 _LOOK = 4096
+_MODEL_SUFFIXES = (".gguf", ".safetensors")
 _MORE = {
+    "executor.name": " Built in are cuda and reference; mortice plugins list names all that are installed.",
+    "upload.strategy": " Built in are pinned, mapped, pageable and measured for cuda, host for the reference; mortice "
+    "plugins list names all that are installed.",
+    "kernels.layout": " Built in are tiles and vector-f32 of cuda, f32 and file of the reference.",
     "prompt.text": " - reads it from standard input, without the line end it may close with.",
     "plugins.allow": " May be given several times.",
     "plugins.block": " May be given several times.",
@@ -129,9 +134,10 @@ def _flag(key: str) -> Parameter:
     doc = known.doc
     if not doc.startswith("`"):
         doc = doc[:1].upper() + doc[1:]
+    choices = f" One of {', '.join(known.choices)}." if known.choices else ""
     return Parameter(
         name=FLAGS[key],
-        help=doc.replace("`", "") + _MORE.get(key, ""),
+        help=doc.replace("`", "") + choices + _MORE.get(key, ""),
         converter=convert if known.kind in (int, float) else _path if known.kind is Path else None,
         negative=None if known.kind is bool else (),
         allow_leading_hyphen=known.kind is not bool,
@@ -294,7 +300,7 @@ def config_or_model(file: Path | None, model: ModelFlags | None) -> tuple[Path |
         ConfigError: when it is a model, and ``--model`` gives another.
 
     """
-    if file is None or not (_is_binary(file) or file.is_dir()):
+    if file is None or not _is_model(file):
         return file, model
     model = model or ModelFlags()
     if model.model_path is not None:
@@ -302,9 +308,16 @@ def config_or_model(file: Path | None, model: ModelFlags | None) -> tuple[Path |
     return None, evolve(model, model_path=file)
 
 
-def _is_binary(path: Path) -> bool:
-    """Whether `path` is a file that is no TOML, for it has a null byte near its start; the name does not matter."""
+def _is_model(path: Path) -> bool:
+    """Whether `path` is a model: by its name where that says so, else a folder, or a file that is no TOML.
+
+    No TOML is what has a null byte near its start.
+    """
+    if path.suffix.lower() in _MODEL_SUFFIXES:
+        return True  # however broken or empty: whoever reads such a name expects to hear of a model
     try:
+        if path.is_dir():
+            return True
         if not path.is_file():  # a FIFO or a device would be waited for
             return False
         with path.open("rb") as stream:

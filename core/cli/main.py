@@ -33,6 +33,7 @@ from mortice.core.cli.replay import replay
 from mortice.core.cli.run import run
 from mortice.core.cli.synth import synth
 from mortice.core.cli.tokenize import tokenize
+from mortice.core.cli.usage import usage_error
 from mortice.core.cli.validate import validate
 from mortice.core.errors import ConfigError, ModelFileError, MorticeError, PluginError
 from mortice.core.text_file import oddity
@@ -116,12 +117,12 @@ class _Warnings(logging.Handler):
 
 def _run(arguments: Sequence[str], *, as_json: bool, debug: bool) -> int:
     try:
-        command, bound, _ = make_app().parse_args(arguments, exit_on_error=False, print_error=False)
+        app = make_app()
+        command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
         result = _call(command, bound.args, bound.kwargs)
         sys.stdout.flush()
     except CycloptsError as error:
-        text = " ".join(str(error).split())
-        return _fail(_REFUSED, "UsageError", f"{text}; mortice --help lists the commands and their flags", as_json)
+        return _fail(_REFUSED, "UsageError", usage_error(app, error), as_json)
     except MorticeError as error:
         if debug:
             traceback.print_exc()

@@ -13,6 +13,7 @@ from cyclopts import Parameter
 
 from mortice.core.cli.flags import CommonFlags, ExecutorFlags, FileFlags, ModelPath
 from mortice.core.cli.render import Screen
+from mortice.core.cli.written_files import ForceFlag, require_writable
 from mortice.core.errors import ConfigError, InputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from mortice.core.plugin.registry import Registry
 
 __all__ = ["parity"]
+
+_NEEDS_TWO = "parity compares two executors: run it where both have a device, or choose others (--executor, --against)"
 
 
 def _ids(_: Any, tokens: Sequence[Any]) -> tuple[int, ...]:
@@ -56,6 +59,7 @@ def parity(
     heatmap: Annotated[
         Path | None, Parameter(help="Draw errors by layer and kind into this PNG file; needs matplotlib.")
     ] = None,
+    force: ForceFlag = False,
     contract: FileFlags | None = None,
     executor: ExecutorFlags | None = None,
     common: CommonFlags | None = None,
@@ -73,6 +77,7 @@ def parity(
     if text is not None and token_ids:
         raise ConfigError("--text and --token-ids: found both, wanted one")
     if heatmap is not None:
+        require_writable("--heatmap", heatmap, force=force, inputs=[model])
         load_matplotlib()  # a missing package is better known before than after
     screen = common.screen()
     chosen = common.settings(contract, executor).config
@@ -107,12 +112,14 @@ def _open_both(
 ) -> tuple[Pipeline, Pipeline]:
     """The oracle, with settings of its own in float32, and the executor tested, with those of the config."""
     from mortice.core.parity.compare import SPARE_CONTEXT
-    from mortice.core.stages import registry_for
+    from mortice.core.stages import choose_executor, registry_for
 
     name = "cuda" if config.executor.name == "auto" else config.executor.name
     if name == against:
         raise ConfigError(f"--executor and --against: found {name!r} twice, wanted two executors")
     registry = registry_for(config)
+    for each in (name, against):
+        choose_executor(registry, each, advice=_NEEDS_TWO)
     context = config.executor.context or tokens + SPARE_CONTEXT
     tested = evolve(config, executor=evolve(config.executor, name=name, context=context))
     oracle = evolve(

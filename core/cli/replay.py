@@ -13,6 +13,7 @@ from mortice.core.cli.flags import ModelPath, OutputFlags
 from mortice.core.cli.render import Screen, printable
 from mortice.core.cli.run import prompt_ids
 from mortice.core.cli.stages import note_model, planned, resident
+from mortice.core.errors import InputError
 
 if TYPE_CHECKING:
     from mortice.core.config import RunConfig
@@ -38,7 +39,15 @@ def replay(
     /,
     *,
     model: Annotated[
-        Path | None, Parameter(name=("--model", "-m"), help="Where the model is now; it has to be the recorded one.")
+        Path | None,
+        Parameter(
+            name=("--model", "-m"),
+            help="Where the model is now, under any name; what is in its files has to be what was recorded.",
+        ),
+    ] = None,
+    contract: Annotated[
+        Path | None,
+        Parameter(help="Where the contract of --contract is now; one that says something else is named as a change."),
     ] = None,
     executor: Annotated[str | None, Parameter(help="Run on another executor than the recorded one.")] = None,
     output: OutputFlags | None = None,
@@ -54,7 +63,7 @@ def replay(
     output = output or OutputFlags()
     screen = Screen(json=output.json, quiet=output.quiet)
     recorded = read_record(record)
-    config = _config(recorded, model, executor)
+    config = _config(recorded, model, contract, executor)
     with planned(screen, config) as pipeline:
         note_model(screen, pipeline)
         pipeline.fit.require()
@@ -83,10 +92,21 @@ def replay(
     return _DIFFERENT
 
 
-def _config(recorded: RunRecord, model: Path | None, executor: str | None) -> RunConfig:
+def _config(recorded: RunRecord, model: Path | None, contract: Path | None, executor: str | None) -> RunConfig:
+    """The recorded config with what the flags say.
+
+    Raises:
+        InputError: when model or contract is not where it was and no flag says where it is.
+
+    """
     config = recorded.config
-    if model is not None:
-        config = evolve(config, model=evolve(config.model, path=model))
+    for name, given, what in (("path", model, "model"), ("contract", contract, "contract")):
+        before = getattr(config.model, name)
+        if given is not None:
+            changes: dict[str, Any] = {name: given}
+            config = evolve(config, model=evolve(config.model, **changes))
+        elif before is not None and not before.exists():
+            raise InputError(f"{before}: no such file or folder; --{what} PATH says where the {what} of the run is now")
     if executor is not None:
         config = evolve(config, executor=evolve(config.executor, name=executor))
     return config

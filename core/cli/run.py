@@ -17,8 +17,6 @@ from mortice.core.cli.answer import (
     prompt_encoder,
     read_stdin,
     require_chat,
-    require_file_name,
-    require_no_model_file,
 )
 from mortice.core.cli.flags import (
     ConfigFlags,
@@ -35,6 +33,7 @@ from mortice.core.cli.flags import (
 from mortice.core.cli.render import Screen
 from mortice.core.cli.run_many import run_many
 from mortice.core.cli.stages import note_model, planned, resident
+from mortice.core.cli.written_files import ForceFlag, require_writable
 from mortice.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,6 +64,7 @@ def run(
     output: Annotated[
         Path | None, Parameter(help="Write the results of --jsonl into this file, not on standard output.")
     ] = None,
+    force: ForceFlag = False,
     generation: GenerationFlags | None = None,
     executor: ExecutorFlags | None = None,
     plugins: PluginFlags | None = None,
@@ -84,19 +84,20 @@ def run(
     if jsonl is not None:
         _require_alone(prompt, record, talk)
         _require_given(chosen, prompt=False)
-        return run_many(screen, chosen, jsonl, output)
+        return run_many(screen, chosen, jsonl, output, force=force)
     if output is not None:
         raise ConfigError("--output: only the results of --jsonl go to a file; pass --jsonl too, or leave it out")
     _require_given(chosen)
     if record is not None:
-        require_file_name("--record", record, replaced=True)
+        assert chosen.model.path is not None, "it has been checked"
+        require_writable("--record", record, force=force, inputs=[chosen.model.path])
     text = _prompt_text(chosen.prompt)
     sampling = chosen.sampling.seeded()
     chosen = evolve(chosen, prompt=evolve(chosen.prompt, text=text), sampling=sampling)
     with planned(screen, chosen) as pipeline:
         note_model(screen, pipeline)
         if record is not None:
-            require_no_model_file("--record", record, pipeline.model.file.files)
+            require_writable("--record", record, force=force, inputs=pipeline.model.file.files)
         pipeline.fit.require()
         ids = prompt_ids(pipeline, chosen.prompt)
         check_prompt(pipeline, ids)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from attrs import frozen
 
-from mortice.core.cli.answer import prompt_encoder, read_stdin, require_chat, require_file_name
+from mortice.core.cli.answer import prompt_encoder, read_stdin, require_chat
 from mortice.core.cli.render import Screen, json_text
 from mortice.core.cli.stages import note_model, planned, resident
-from mortice.core.errors import ConfigError, ExecutionError, InputError
+from mortice.core.cli.written_files import require_writable
+from mortice.core.errors import ExecutionError, InputError
 from mortice.core.text_file import parse_json
 
 if TYPE_CHECKING:
@@ -41,12 +42,15 @@ class _Line:
     options: dict[str, Any]
 
 
-def run_many(screen: Screen, config: RunConfig, source: Path, output: Path | None) -> int:
-    """Answer the prompts of `source`, ``-`` for standard input; 1 when one of them failed on the way."""
+def run_many(screen: Screen, config: RunConfig, source: Path, output: Path | None, *, force: bool = False) -> int:
+    """Answer the prompts of `source`, ``-`` for standard input; 1 when one of them failed on the way.
+
+    `output` is overwritten only with `force`.
+    """
     from mortice.core.batch import finished_results
 
     require_chat(config.prompt)
-    _require_output(source, output)
+    _require_output(source, output, force=force)
     lines = _read_lines(source)
     with planned(screen, config) as pipeline:
         note_model(screen, pipeline)
@@ -67,13 +71,11 @@ def run_many(screen: Screen, config: RunConfig, source: Path, output: Path | Non
     return 1 if failed else 0
 
 
-def _require_output(source: Path, output: Path | None) -> None:
+def _require_output(source: Path, output: Path | None, *, force: bool) -> None:
     """Refuse an output that could not be written, or that would overwrite the prompts, before all the work."""
     if output is None:
         return
-    require_file_name("--output", output)
-    if output.exists() and source.exists() and output.samefile(source):
-        raise ConfigError(f"--output: {output}: is the file of the prompts, wanted another")
+    require_writable("--output", output, force=force, devices=True, inputs=[source], what="the file of the prompts")
 
 
 def _text_of(source: Path) -> str:

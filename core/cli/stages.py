@@ -35,7 +35,7 @@ def planned(screen: Screen, config: RunConfig) -> Iterator[Pipeline]:
     try:
         pipeline = prepare(config, registry, require_fit=False)
     except ValidationError as error:
-        # its message lists each layer's findings; a person is shown those of all layers in one line
+        # its message has the errors alone; a person is shown all findings, as a table
         if screen.quiet:
             raise
         raise ValidationError(_note_errors(screen, config, registry)) from error

@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from mortice.core.cli.flags import OutputFlags
 from mortice.core.cli.render import Screen, size_text
+from mortice.core.cli.written_files import ForceFlag
 from mortice.core.errors import ConfigError
 
 __all__ = ["synth"]
@@ -24,7 +25,7 @@ def synth(
     *,
     layers: Annotated[int | None, Parameter(help="How many layers; by default those of the shape.")] = None,
     seed: Annotated[int, Parameter(help="The same seed gives the same file.")] = 0,
-    force: Annotated[bool, Parameter(negative=(), help="Overwrite the file.", show_default=False)] = False,
+    force: ForceFlag = False,
     output: OutputFlags | None = None,
 ) -> int:
     """Write a model of a published shape with random weights, to measure speed with.

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from attrs import asdict, field, frozen
+from attrs import asdict, evolve, field, frozen
 
-__all__ = ["Finding", "Findings", "Severity", "join_layers", "join_numbers"]
+__all__ = ["Finding", "Findings", "Severity", "join_findings", "join_layers", "join_numbers"]
 
 Severity = Literal["error", "warning", "note"]
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -71,6 +71,20 @@ class Findings:
     def ok(self) -> bool:
         """Whether there is no error."""
         return not self.errors
+
+
+def join_findings(findings: Iterable[Finding]) -> list[Finding]:
+    """Findings that differ in the layer only as one, with the subject of `join_layers` and without an offset."""
+    groups: dict[tuple[str, ...], list[Finding]] = {}
+    for item in findings:
+        subject = _LAYER.sub("{}", item.subject, count=1)
+        groups.setdefault((item.severity, item.rule, subject, item.found, item.wanted, item.plugin), []).append(item)
+    return [
+        group[0]
+        if len(group) == 1
+        else evolve(group[0], subject=join_layers(item.subject for item in group)[0], offset=None)
+        for group in groups.values()
+    ]
 
 
 def join_layers(names: Iterable[str]) -> list[str]:

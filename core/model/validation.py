@@ -13,7 +13,7 @@ from attrs import define, field, frozen
 from mortice.arch_contracts.expressions import Expression, ExpressionError, Number
 from mortice.arch_contracts.schema import PRESENCE, Contract, Role
 from mortice.core.errors import ValidationError
-from mortice.core.model.findings import Finding, Findings, Severity
+from mortice.core.model.findings import Finding, Findings, Severity, join_findings
 from mortice.core.model.hyperparameters import Hyperparameters, resolve_hyperparameters
 from mortice.core.model.known_keys import unread_keys
 from mortice.core.model.operators import RopeScaling, WeightRef
@@ -80,12 +80,12 @@ class ValidationReport:
         """The validated model.
 
         Raises:
-            ValidationError: listing every error.
+            ValidationError: listing every error, those that differ in the layer only as one.
 
         """
         if self._model is None:
             errors = self.findings.errors
-            lines = "\n".join(f"  {finding}" for finding in errors)
+            lines = "\n".join(f"  {finding}" for finding in join_findings(errors))
             count = f"{len(errors)} error" + ("s" if len(errors) > 1 else "")
             raise ValidationError(f"{self.file.path}: {count} against contract {self.contract.name}\n{lines}")
         return self._model

@@ -223,6 +223,16 @@ def test_a_plugin_that_ends_the_process_fails_its_check(plugins: Run, installed:
     assert plugins("check", "uploads-host")[0] == 0
 
 
+def test_a_plugin_whose_hook_ends_the_process_fails_its_check(plugins: Run, installed: Callable[[str], str]) -> None:
+    installed(
+        "import os\nfrom mortice.core.plugin.hookspecs import hookimpl\nmortice_contract_version = 1\n"
+        "@hookimpl\ndef mortice_qtypes():\n    os._exit(7)\n"
+    )
+    code, out, _ = plugins("check", "acme")
+    assert code == 2
+    assert "failed: plugin: it takes part: asking what it gives ends the process (exit code 7)\n" in out
+
+
 def test_a_loader_is_checked_with_a_sample(plugins: Run, tmp_path: Path) -> None:
     code, out, _ = plugins("check", "loaders-gguf")
     assert code == 0, out

@@ -504,6 +504,16 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_runs(
     assert "matplotlib is not installed; pip install matplotlib" in capsys.readouterr().err
 
 
+def test_a_picture_overwrites_only_when_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "heat.png"
+    picture.write_text("mine")
+    asked = ["parity", str(tmp_path / "none.gguf"), "--heatmap", str(picture)]
+    assert main(asked) == 2
+    assert "heat.png: is there already; --force overwrites it" in capsys.readouterr().err
+    assert main([*asked, "--force"]) == 2
+    assert "is there already" not in capsys.readouterr().err
+
+
 def test_the_bundled_text_has_many_scripts_and_signs_beyond_the_basic_plane() -> None:
     assert 180 <= len(TEXT.split()) <= 320
     assert any(ord(char) > 0xFFFF for char in TEXT)

@@ -58,12 +58,14 @@ def test_a_family_that_is_alike_fills_in_the_rest(mortice: Mortice, unknown: Pat
     assert "as in contract qwen3" in own.read_text()
 
 
-def test_a_draft_overwrites_nothing(mortice: Mortice, unknown: Path, tmp_path: Path) -> None:
+def test_a_draft_overwrites_only_when_told(mortice: Mortice, unknown: Path, tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_text("mine")
     ran = mortice("contract", "derive", unknown, "-o", tmp_path / "own.toml")
     assert ran.code == 2
-    assert "exists already" in ran.err
+    assert "own.toml: is there already; --force overwrites it" in ran.err
     assert (tmp_path / "own.toml").read_text() == "mine"
+    assert mortice("contract", "derive", unknown, "-o", tmp_path / "own.toml", "--force").code == 0
+    assert "architectures" in (tmp_path / "own.toml").read_text()
 
 
 def test_a_draft_as_json_has_the_text_and_what_is_open(mortice: Mortice, unknown: Path) -> None:
@@ -137,6 +139,8 @@ def test_the_program_of_a_contract_is_shown_for_a_file(mortice: Mortice, tiny: P
     assert [part["layers"] for part in ran.json["parts"]] == [[], [0, 1], []]
     wrong = mortice("contract", "show", "qwen2", "--file", unknown)
     assert wrong.code == 2
+    assert "blk.{0..1}.attn_q.bias: missing; qwen2 requires attn_q_bias" in wrong.err
+    assert "blk.0." not in wrong.err
     both = mortice("contract", "show", "llama", "--file", tiny, "--sizes", "num_layers=1")
     assert (both.code, both.err) == (2, "mortice: error: --file and --sizes: found both, wanted one\n")
 
@@ -154,4 +158,8 @@ def test_a_picture_is_drawn_without_further_packages(mortice: Mortice, tmp_path:
     picture = ET.parse(tmp_path / "llama.svg").getroot()
     assert picture.tag == "{http://www.w3.org/2000/svg}svg"
     assert any(text.text == "layers {0..1}, each" for text in picture.iter("{http://www.w3.org/2000/svg}text"))
-    assert mortice("contract", "show", "llama", "--picture", tmp_path / "no" / "x.svg").code == 1
+    refused = mortice("contract", "show", "llama", "--picture", tmp_path / "no" / "x.svg")
+    assert (refused.code, refused.out) == (2, "")
+    again = mortice("contract", "show", "llama", "--picture", tmp_path / "llama.svg")
+    assert (again.code, "llama.svg: is there already; --force overwrites it" in again.err) == (2, True)
+    assert mortice("contract", "show", "llama", "--picture", tmp_path / "llama.svg", "--force").code == 0

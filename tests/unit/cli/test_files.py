@@ -11,10 +11,12 @@ import pytest
 
 import mortice as package
 from mortice.core.cli.findings import finding_rows
+from mortice.core.cli.render import size_text
 from mortice.core.model.findings import Finding
 from mortice.core.model.types import ModelFile
 from mortice.core.plugin.registry import make_registry
 from mortice.core.testing.gguf_files import TensorData, write_gguf
+from mortice.core.testing.tiny_models import write_tiny_model
 from tests.support.models import smollm2_path
 from tests.unit.cli.conftest import Mortice
 
@@ -191,11 +193,33 @@ def test_text_that_looks_like_a_flag_stands_behind_two_dashes(mortice: Mortice, 
 # fit
 
 
+@pytest.fixture
+def tiny_heads_of_32(tmp_path: Path) -> Path:
+    """A llama whose heads can be kept in blocks of 32."""
+    contract = make_registry().contracts["llama"].value
+    return write_tiny_model(tmp_path / "heads.gguf", contract, sizes={"hidden_size": 128})
+
+
 def test_fit_says_what_is_needed_and_the_largest_context(mortice: Mortice, tiny: Path) -> None:
     ran = mortice("fit", tiny, "--context", 128)
     assert ran.code == 0
     assert "KV cache, 128 tokens" in ran.out
     assert "largest context that fits: 512 of the model's 512 tokens" in ran.out
+
+
+def test_fit_says_that_the_reference_stores_every_kv_type_as_float32(mortice: Mortice, tiny_heads_of_32: Path) -> None:
+    sizes = {}
+    for kv in ("auto", "f32", "f16", "q8_0"):
+        asked = ("fit", tiny_heads_of_32, "--executor", "reference", "--context", 128, "--kv", kv)
+        sizes[kv] = mortice(*asked, "--json").json["kv_bytes"]
+        lines = [line for line in mortice(*asked).out.splitlines() if line.startswith("KV cache in ")]
+        share = {"f16": 1 / 2, "q8_0": 34 / 128}.get(kv)
+        assert len(lines) == (share is not None)
+        if share is not None:
+            stored = size_text(int(sizes["f32"] * share))
+            why = "executor reference rounds to it and stores wider values"
+            assert lines == [f"KV cache in {kv}: {why}; stored in {kv} it is {stored}"]
+    assert len(set(sizes.values())) == 1
 
 
 def test_fit_counts_the_tokens_of_all_sequences(mortice: Mortice, tiny: Path) -> None:

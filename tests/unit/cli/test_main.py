@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,10 @@ import pytest
 import mortice as package
 from mortice.core.cli.flags import FLAGS
 from mortice.core.config_keys import config_keys
+from mortice.core.errors import DeviceError
+from mortice.core.plugin.registry import make_registry
+from mortice.plugins.executors.cuda.executor import CudaExecutor
+from tests.docs.reference import commands, flags_of
 from tests.support.registry import install
 from tests.unit.cli.conftest import Mortice
 
@@ -21,11 +26,15 @@ from tests.unit.cli.conftest import Mortice
     [
         (["rnu"], 'Unknown command "rnu"'),
         (["run", "--promt", "x"], "Unknown option: --promt. Did you mean --prompt?"),
-        (["run", "--prompt"], "parameter --prompt requires an argument"),
+        (["run", "--prompt"], "run: --prompt wants a value; usage: mortice run [CONFIG] [flags]"),
         (["run", "--temperature", "hot"], "Invalid value for --temperature: found 'hot', wanted a number"),
         (["run", "--top-k", "1.5"], "Invalid value for --top-k: found '1.5', wanted an integer"),
-        (["fit"], "requires an argument"),
-        (["run", "a.toml", "b.toml"], "b.toml"),
+        (["fit"], "fit: FILE is missing; usage: mortice fit FILE [flags]"),
+        (["synth", "a"], "synth: RECIPE is missing; usage: mortice synth SHAPE RECIPE OUT [flags]"),
+        (["validate"], "validate: PATH is missing; usage: mortice validate PATH [PATHS…] [flags]"),
+        (["contract", "diff", "a"], "contract diff: SECOND is missing; usage: mortice contract diff FIRST SECOND"),
+        (["run", "a.toml", "b.toml"], "run: found 'b.toml' beyond its arguments; usage: mortice run [CONFIG]"),
+        (["plugins", "lst"], "usage: mortice plugins COMMAND, see mortice plugins --help"),
         (["config", "schema", "--format", "xml"], "--format"),
     ],
 )
@@ -34,6 +43,8 @@ def test_a_usage_error_is_a_line_and_exit_code_2(mortice: Mortice, arguments: li
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith("mortice: error: ")
     assert message in ran.err
+    assert ran.err.count("\n") == 1
+    assert "; usage: mortice " in ran.err
     assert mortice(*arguments, "--json").json["error"]["exit_code"] == 2
 
 
@@ -101,6 +112,66 @@ def test_what_is_missing_is_reported_together(mortice: Mortice) -> None:
 def test_no_prompt_and_no_model_are_refused_by_name(mortice: Mortice, tiny: Path) -> None:
     assert "prompt.text: no prompt given" in mortice("run", "-m", tiny).err
     assert "model.path: no model given" in mortice("run", "-p", "a").err
+
+
+def test_help_shows_what_may_be_chosen() -> None:
+    """Fixed choices are those of the config; what plugins give is at least what the built-ins give."""
+    registry = make_registry()
+    layouts = {
+        kernel.layout.name
+        for executor in map(registry.executor, registry.executors)
+        for kernel in executor.kernels(None, [type_.value for type_ in registry.qtypes.values()])  # type: ignore[arg-type]
+    }
+    wanted = {
+        **{key: known.choices for key, known in config_keys().items() if known.choices},
+        "executor.name": ("auto", *registry.executors),
+        "upload.strategy": ("auto", *registry.uploads),
+        "kernels.layout": ("auto", "compact", *layouts),
+        "model.quantize": (
+            "none",
+            *(name for name, type_ in registry.qtypes.items() if type_.value.quantize is not None),
+        ),
+    }
+    assert {"executor.kv", "executor.activations", "executor.tuning"} <= set(wanted)
+    helps = {
+        flag: text
+        for name, command in commands()
+        if name == "run"
+        for flags, text, _ in flags_of(command)
+        for flag in flags
+    }
+    for key, choices in wanted.items():
+        words = set(re.findall(r"[\w-]+", helps[FLAGS[key][0]]))
+        assert set(choices) <= words, key
+
+
+def test_products_without_a_gpu_say_that_a_cuda_device_is_needed(
+    mortice: Mortice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CudaExecutor, "device", _no_device)
+    for flags, begin in (
+        ((), "products: executor reference (auto: no NVIDIA driver) cannot time them"),
+        (("--executor", "cuda"), "no NVIDIA driver"),
+        (("--executor", "reference"), "products: executor reference (asked for) cannot time them"),
+    ):
+        ran = mortice("bench", "--products", *flags)
+        advice = "timing products takes a CUDA device: run it on a machine where nvidia-smi lists one"
+        assert (ran.code, ran.err) == (2, f"mortice: error: {begin}; {advice}\n")
+
+
+@pytest.mark.parametrize("flags", [(), ("--executor", "reference", "--against", "cuda")])
+def test_parity_without_a_gpu_does_not_advise_the_executor_it_compares_with(
+    mortice: Mortice, tiny: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(CudaExecutor, "device", _no_device)
+    ran = mortice("parity", tiny, *flags)
+    assert ran.code == 2
+    assert ran.err.startswith("mortice: error: no NVIDIA driver; parity compares two executors: run it where both")
+    assert "executor = " not in ran.err
+
+
+def _no_device(_: object) -> None:
+    raise DeviceError('no NVIDIA driver; executor = "reference" runs on the CPU')
 
 
 def test_help_names_every_command(mortice: Mortice) -> None:

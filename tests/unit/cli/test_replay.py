@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from attrs import evolve
 
 from mortice.core.cli import run as running
+from mortice.core.errors import ModelFileError
 from mortice.core.record import read_record
 from mortice.core.stages import open_file
 from mortice.plugins.executors.reference.runtime import ReferenceRuntime
@@ -124,8 +127,53 @@ def test_a_model_that_was_moved_is_found_with_the_flag(mortice: Mortice, record:
     moved.write_bytes(tiny.read_bytes())
     path = changed(record, lambda it: it["config"]["model"].update(path="/nowhere/tiny.gguf"))
     ran = mortice("replay", path)
-    assert (ran.code, "/nowhere/tiny.gguf: no such file" in ran.err) == (2, True)
+    assert (ran.code, "/nowhere/tiny.gguf: no such file or folder; --model PATH says where" in ran.err) == (2, True)
     assert mortice("replay", path, "--model", moved).code == 0
+
+
+def test_a_model_under_another_name_is_known_by_what_is_in_it(mortice: Mortice, record: Path, tiny: Path) -> None:
+    renamed = record.with_name("renamed.gguf")
+    renamed.write_bytes(tiny.read_bytes())
+    assert mortice("replay", record, "--model", renamed).code == 0
+    renamed.write_bytes(tiny.read_bytes() + bytes(64))
+    ran = mortice("replay", record, "--model", renamed)
+    assert (ran.code, f"{renamed}: has {renamed.stat().st_size} bytes, the record says" in ran.err) == (2, True)
+
+
+def test_files_of_a_folder_may_have_other_names_but_none_may_differ_or_be_added(
+    mortice: Mortice, tiny: Path, tmp_path: Path
+) -> None:
+    with open_file(REGISTRY, tiny) as file:
+        folder = write_folder(tmp_path / "hf", file, "BF16")
+    path = tmp_path / "run.json"
+    assert mortice("run", folder, *ASKED, "--record", path).code == 0
+    recorded = read_record(path)
+    renamed = [evolve(file, name=f"other-{file.name}") for file in reversed(recorded.files)]
+    recorded.require_files(renamed, folder)
+    for found, message in (
+        (renamed[1:], f"{folder}: has no file like {recorded.files[-1].name} of the record"),
+        ([*renamed, evolve(renamed[0], name="more", nbytes=1)], "more: is not among the model's files in the record"),
+        ([evolve(renamed[0], sha256="0" * 64), *renamed[1:]], "SHA-256 is 000000000000…, the record says "),
+    ):
+        with pytest.raises(ModelFileError, match=re.escape(message)):
+            recorded.require_files(found, folder)
+
+
+def test_a_contract_that_was_moved_is_found_with_the_flag(mortice: Mortice, tiny: Path, tmp_path: Path) -> None:
+    own, moved, path = tmp_path / "own.toml", tmp_path / "moved.toml", tmp_path / "run.json"
+    own.write_text((Path(__file__).parents[3] / "arch_contracts" / "llama.toml").read_text())
+    assert mortice("run", "-m", tiny, *ASKED, "--contract", own, "--record", path).code == 0
+    own.rename(moved)
+    ran = mortice("replay", path)
+    assert (ran.code, ran.err) == (
+        2,
+        f"mortice: error: {own}: no such file or folder; --contract PATH says where the contract of the run is now\n",
+    )
+    found = mortice("replay", path, "--contract", moved, "--json")
+    assert (found.code, found.json["changes"]) == (0, [])
+    moved.write_text(moved.read_text().replace('name = "llama"', 'name = "lama"'))
+    changes = mortice("replay", path, "--contract", moved, "--json").json["changes"]
+    assert any(change.startswith("contract lama: recorded with none, now ") for change in changes)
 
 
 def test_another_choice_by_measurement_is_named(
@@ -251,11 +299,36 @@ def test_a_record_is_never_written_over_the_model(mortice: Mortice, tiny: Path, 
     before = tiny.read_bytes()
     link = tmp_path / "link.json"
     link.symlink_to(tiny)
-    for path in (tiny, link):
-        ran = mortice("run", "-m", tiny, *ASKED, "--record", path)
+    for path, force in ((tiny, ()), (link, ()), (tiny, ("--force",))):
+        ran = mortice("run", "-m", tiny, *ASKED, "--record", path, *force)
         assert ran.code == 2
         assert "is a file of the model" in ran.err
     assert tiny.read_bytes() == before
+
+
+def test_a_record_is_never_written_over_a_file_of_a_models_folder(mortice: Mortice, tiny: Path, tmp_path: Path) -> None:
+    with open_file(REGISTRY, tiny) as file:
+        folder = write_folder(tmp_path / "hf", file, "BF16")
+    ran = mortice("run", folder, *ASKED, "--record", folder / "config.json", "--force")
+    assert (ran.code, "config.json: is a file of the model, wanted another" in ran.err) == (2, True)
+    assert "model_type" in (folder / "config.json").read_text()
+
+
+def test_a_record_is_overwritten_only_when_told(
+    mortice: Mortice, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.json"
+    path.write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "planned", lambda *_: pytest.fail("the model was opened"))
+        ran = mortice("run", "-m", tiny, *ASKED, "--record", path)
+    assert (ran.code, ran.err) == (
+        2,
+        f"mortice: error: --record: {path}: is there already; --force overwrites it\n",
+    )
+    assert path.read_text() == "mine"
+    assert mortice("run", "-m", tiny, *ASKED, "--record", path, "--force").code == 0
+    assert read_record(path).tokens
 
 
 def test_what_is_no_file_is_not_replaced_by_a_record(mortice: Mortice, tiny: Path, tmp_path: Path) -> None:

@@ -81,6 +81,22 @@ def test_a_model_may_stand_where_a_config_does(mortice: Mortice, tiny: Path) -> 
     )
 
 
+@pytest.mark.parametrize("name", ["m.gguf", "M.GGUF", "m.safetensors"])
+@pytest.mark.parametrize("data", [b"", b"[prompt]\ntext = 1\n", b"GGUF"])
+def test_a_file_named_like_a_model_is_none_of_the_configs_however_broken(
+    mortice: Mortice, tmp_path: Path, name: str, data: bytes
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    given = mortice("run", tmp_path / name, "-p", "a")
+    assert given.code == 2
+    assert given.err == mortice("run", "-m", tmp_path / name, "-p", "a").err
+
+
+def test_a_model_that_is_not_there_is_missed_as_a_model(mortice: Mortice, tmp_path: Path) -> None:
+    ran = mortice("run", tmp_path / "none.gguf", "-p", "a")
+    assert (ran.code, ran.err) == (2, f"mortice: error: {tmp_path / 'none.gguf'}: no such file or folder\n")
+
+
 def test_the_environment_overrides_the_file(
     mortice: Mortice, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,6 +157,17 @@ def test_flags_that_make_no_sense_beside_jsonl_are_refused(
     assert ran.err.startswith(f"mortice: error: {message}")
 
 
+def test_results_are_written_over_a_file_only_when_told(mortice: Mortice, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text("mine")
+    asked = ("run", tiny, "--jsonl", "-", "--output", out, "-n", 1, "-q")
+    ran = mortice(*asked, stdin=jsonl({"prompt": "a"}))
+    assert (ran.code, ran.err) == (2, f"mortice: error: --output: {out}: is there already; --force overwrites it\n")
+    assert out.read_text() == "mine"
+    assert mortice(*asked, "--force", stdin=jsonl({"prompt": "a"})).code == 0
+    assert "mine" not in out.read_text()
+
+
 def test_an_output_without_jsonl_and_prompts_without_a_model_are_refused(mortice: Mortice, tiny: Path) -> None:
     ran = mortice("run", tiny, "-p", "a", "--output", "x")
     assert (ran.code, "--output: only the results of --jsonl go to a file" in ran.err) == (2, True)

@@ -176,6 +176,15 @@ def test_ctrl_c_while_a_plugin_is_imported_is_not_swallowed(installed: Install) 
     assert caught.value.__notes__ == ["while plugin acme-slow (acme-slow 1.0) was imported"]
 
 
+def test_plugins_whose_hooks_end_the_process_are_found_and_left_out(installed: Install) -> None:
+    installed("acme-good", source=QTYPES)
+    installed("acme-hook", source="import os\n" + QTYPES.replace("return", "os._exit(3); return"))
+    found = fatal_plugins(PluginPolicy())
+    assert found == {"acme-hook": "asking what it gives ends the process (exit code 3)"}
+    records = registry_module.survey(unfit=found).manager.records
+    assert (records["acme-good"].status, records["acme-hook"].status) == ("active", "failed")
+
+
 def test_plugins_whose_import_ends_the_process_are_found_and_left_out(installed: Install) -> None:
     installed("acme-good")
     installed("acme-loud", source="import sys; print('hello'); sys.exit('no')")  # no more than an exception

@@ -1,0 +1,61 @@
+"""Files that a command writes: refused before the work where they cannot be, overwritten only when told to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from mortice.core.errors import ConfigError
+
+__all__ = ["ForceFlag", "require_writable"]
+
+ForceFlag = Annotated[
+    bool, Parameter(name="--force", negative=(), help="Overwrite a file that is there already.", show_default=False)
+]
+
+
+def require_writable(
+    flag: str,
+    path: Path,
+    *,
+    force: bool,
+    devices: bool = False,
+    inputs: Iterable[Path] = (),
+    what: str = "a file of the model",
+) -> None:
+    """Refuse a path at which no file could be written, or where one is that nobody said to overwrite.
+
+    Args:
+        flag: where the path was given.
+        path: the file that would be written, or a link to it.
+        force: whether a file that is there is overwritten.
+        devices: whether it may be a device or a pipe, which are written to and not overwritten.
+        inputs: files that the command reads, never overwritten.
+        what: what one of them is called.
+
+    Raises:
+        ConfigError: naming flag, path and what was found there.
+
+    """
+    try:
+        target = path.resolve()  # a link's target is what would be written
+        if target.is_dir():
+            found = "a folder"
+        elif not target.parent.is_dir():
+            found = "no folder to write it in"
+        elif any(target.exists() and file.exists() and target.samefile(file) for file in inputs):
+            raise ConfigError(f"{flag}: {path}: is {what}, wanted another")
+        elif target.is_file():
+            if force:
+                return
+            raise ConfigError(f"{flag}: {path}: is there already; --force overwrites it")
+        elif target.exists() and not devices:
+            found = "a device, a pipe or a socket"
+        else:
+            return
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise ConfigError(f"{flag}: {path}: {getattr(error, 'strerror', None) or error}") from None
+    raise ConfigError(f"{flag}: {path}: found {found}, wanted the name of a file")
