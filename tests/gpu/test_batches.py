@@ -23,7 +23,7 @@ from mortice.core.text.sampling import Sampled
 from mortice.plugins.executors.cuda.kv_pool import CudaSequence
 from mortice.plugins.executors.cuda.rows import MAX_SEQUENCES
 from mortice.plugins.executors.cuda.runtime import CudaRuntime
-from tests.gpu.test_executor import EXACT, FAMILIES, error, load, prompt
+from tests.gpu.test_executor import EXACT, FAMILIES, ROUNDED, error, load, prompt
 from tests.support.cuda import needs_gpu
 from tests.support.tiny import CONTRACTS
 
@@ -31,6 +31,9 @@ pytestmark = [pytest.mark.gpu, needs_gpu]
 
 LENGTHS = (1, 2, 63, 64, 65, 255, 256, 257)
 """Around a page, and around a tile of rows."""
+
+MIXED = (1, 63, 64, 65, 200, 480)
+"""Texts of very different lengths in one step."""
 
 CLOSE = 2e-2
 """As `error` counts, between steps whose products round their input differently: int8 for one row, halves for more."""
@@ -148,6 +151,44 @@ def test_logits_do_not_depend_on_who_else_is_in_the_step(
                 for step in range(5):
                     given = [(one, [text[step - 5]]) for one, text in zip(sequences, texts, strict=True)]
                     assert error(fed(cuda, given)[place][0], alone[step]) < bound, (count, step)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_single_tokens_of_many_sequences_attend_in_one_launch_as_each_alone(
+    model: Callable[[str], Path], family: str
+) -> None:
+    with load(model(family), "cuda", exact=False, kv_tokens=8192) as cuda:
+        runtime, ids, alone = runtime_of(cuda), prompt(cuda, max(MIXED) + 3), {}
+        assert [runtime.lowering.path(count, alone=True).alone for count in (2, 16, 17)] == [True, True, False]
+        for length in MIXED:
+            with cuda.session() as session:
+                session.feed(ids[:length])
+                alone[length] = [session.feed([token])[0] for token in ids[length : length + 3]]
+        for count in (2, 3, 8, 9, 16, MAX_SEQUENCES):
+            lengths = [MIXED[number % len(MIXED)] for number in range(count)]
+            with sequences_of(cuda, count) as sequences:
+                fed(cuda, [(one, ids[:length]) for one, length in zip(sequences, lengths, strict=True)], "last")
+                for step in range(3):
+                    given = [(one, [ids[length + step]]) for one, length in zip(sequences, lengths, strict=True)]
+                    if step == 1 and runtime.lowering.path(count, alone=True).alone:
+                        assert error(*both_ways(runtime, given)) < ROUNDED, count
+                    for length, found in zip(lengths, fed(cuda, given), strict=True):
+                        assert error(found[0], alone[length][step]) < CLOSE, (count, length, step)
+
+
+def both_ways(runtime: CudaRuntime, given: Sequence[tuple[CudaSequence, Sequence[int]]]) -> list[Logits]:
+    """Logits of single tokens, launched as if their sequences had more in the step, and as they are; not counted."""
+    logits, count = runtime.lowering.plan.program.logits, len(given)
+    parts = [StepPart(sequence=one, token_ids=ids, logits="all") for one, ids in given]
+    runtime.rows.send(runtime.begin(parts), runtime.stream)
+    found = []
+    for alone in (False, True):
+        labels = {spec.label for spec, _ in runtime.launches("body", count, alone=alone)}
+        assert ("place" in labels) != alone
+        runtime.run_part("body", count, alone=alone)
+        runtime.run_part("head", count)
+        found.append(runtime.read_buffer(logits, count))
+    return found
 
 
 # the same tokens as one by one -------------------------------------------------------------------------------------

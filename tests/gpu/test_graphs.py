@@ -20,7 +20,7 @@ from tests.support.tiny import CONTRACTS
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
 
-BEFORE = (0, 5, 63, 64, 7, 1, 2, 128, 3, 12, 255, 130)
+BEFORE = (0, 5, 63, 64, 7, 1, 2, 128, 3, 12, 255, 130, 0, 62, 127, 129)
 """Tokens that the sequences of a step hold: pages begin, end and are crossed."""
 
 _NAN_BYTE = 0xFF
@@ -53,7 +53,7 @@ def eager(runtime: CudaRuntime, parts: Sequence[StepPart]) -> Seen:
 
 def replayed(runtime: CudaRuntime, parts: Sequence[StepPart]) -> Seen:
     """The same by graphs: of the first launch, of the first two … until all are in one."""
-    launches = [*runtime.launches("body", len(parts)), *runtime.launches("head", len(parts))]
+    launches = [*runtime.launches("body", len(parts), alone=True), *runtime.launches("head", len(parts))]
     seen: Seen = []
     for count, (spec, _) in enumerate(launches, 1):
         if not spec.outputs:
@@ -79,7 +79,7 @@ def truncate(parts: Sequence[StepPart], lengths: Sequence[int]) -> None:
         part.sequence.truncate(length)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 8, 9, 12])
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 12, 16])
 def test_a_replayed_graph_leaves_in_each_buffer_what_launches_one_by_one_leave(cuda: Pipeline, rows: int) -> None:
     runtime = cuda.runtime
     assert isinstance(runtime, CudaRuntime)

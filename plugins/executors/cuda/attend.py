@@ -1,9 +1,9 @@
-"""Attention of a step of one token, with what brings Q, K and V into place: one launch of ``ops/attend.cu``."""
+"""Attention of tokens of different sequences with what places Q, K and V: one launch of ``ops/attend.cu``."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from attrs import frozen
@@ -12,6 +12,7 @@ from mortice.core.model.kv_types import kv_cache_bytes
 from mortice.core.model.operators import Attention, Buffer
 from mortice.core.model.program import KvShape
 from mortice.core.plugin.kv_pages import PAGE_TOKENS
+from mortice.plugins.executors.cuda.ahead import MOST_AHEAD, AheadArgs, AheadWeight
 from mortice.plugins.executors.cuda.attend_rows import rows_kernel
 from mortice.plugins.executors.cuda.fusion import PlaceGroup
 from mortice.plugins.executors.cuda.launches import Addresses, LaunchSpec, StepRows, rope_key
@@ -86,7 +87,8 @@ class _AttendArgs(ctypes.Structure):
         *((name, ctypes.c_uint64) for name in ("q_norm", "k_norm", "frequencies")),
         ("rows", StepRows),
         *((name, ctypes.c_float) for name in ("q_eps", "k_eps", "magnitude", "scale", "softcap")),
-        *((name, ctypes.c_int32) for name in ("window", "splits")),
+        *((name, ctypes.c_int32) for name in ("window", "splits", "left_runs")),
+        ("ahead", AheadArgs * MOST_AHEAD),
     ]
 
 
@@ -94,9 +96,11 @@ def attend(
     place: PlaceGroup,
     sources: KernelSources,
     kv_type: str,
-    splits: int,
+    splits: Callable[[int], int],
     sm_count: int,
+    blocks: int,
     left: int,
+    ahead: Sequence[AheadWeight],
     buffer: Callable[[Addresses, Buffer], int],
 ) -> LaunchSpec:
     """The launch.
@@ -105,9 +109,11 @@ def attend(
         place: what is done, with its attention.
         sources: makes kernel sources.
         kv_type: element type of the cache.
-        splits: parts the context is attended in at most.
+        splits: parts the context of each of so many rows is attended in at most.
         sm_count: multiprocessors of the card; each gets a block.
+        blocks: of a multiprocessor.
         left: runs of the context that are left to who reads the result, at most.
+        ahead: what blocks without a part of the context ask the L2 cache for.
         buffer: where a buffer lies.
 
     """
@@ -116,7 +122,7 @@ def attend(
     layer = attention.layer
     threads = attend_threads(attention, kv_type)
 
-    def args(at: Addresses, _: int) -> tuple[Any, ...]:
+    def args(at: Addresses, rows: int) -> tuple[Any, ...]:
         q, k, v = place.sources
         filled = _AttendArgs(
             q=buffer(at, q),
@@ -131,7 +137,9 @@ def attend(
             scale=attention.scale,
             softcap=attention.softcap,
             window=attention.window,
-            splits=splits,
+            splits=splits(rows),
+            left_runs=left,
+            ahead=(AheadArgs * MOST_AHEAD)(*(weight.args(at) for weight in ahead)),
         )
         if place.q_norm is not None and place.k_norm is not None:
             filled.q_norm, filled.q_eps = at.weights[place.q_norm.weight], place.q_norm.eps
@@ -143,13 +151,11 @@ def attend(
     return LaunchSpec(
         name="+".join(operator.name for operator in (*place.operators, attention)),
         label="attention",
-        source=sources.attend(
-            place, kv_type, splits, threads, tensor=attend_tensor(attention, kv_type), left_runs=left
-        ),
+        source=sources.attend(place, kv_type, threads, blocks, tensor=attend_tensor(attention, kv_type)),
         entry="attend",
         block=threads,
         shared_symbol="shared_bytes",
-        grid=lambda _rows, _at_once: (max(sm_count, attention.num_kv_heads * splits), 1, 1),
+        grid=lambda rows, _: (max(sm_count // rows, attention.num_kv_heads * splits(rows)), rows, 1),
         args=args,
         outputs=() if left else attention.outputs,
     )

@@ -10,6 +10,7 @@ from attrs import field, frozen
 
 from mortice.core.model.operators import Buffer, WeightRef
 from mortice.core.model.weight_plan import PlannedWeight
+from mortice.plugins.executors.cuda.ahead import AheadWeight, weights_ahead
 from mortice.plugins.executors.cuda.attend import LeftRuns, left_runs
 from mortice.plugins.executors.cuda.cublas import Gemm
 from mortice.plugins.executors.cuda.fusion import LinearGroup
@@ -107,6 +108,15 @@ class LinearLowering:
         if kind == "matmul":
             return self._matmul(group, path, joined, leaves=leaves)
         return self._gemm(group, joined, leaves=leaves)
+
+    def ahead(self, group: LinearGroup) -> tuple[AheadWeight, ...]:
+        """What attention two launches before asks for: nothing where weights go straight to registers."""
+        weights = [linear.weight for linear in group.linears]
+        return weights_ahead(weights, self._tiles(group), self.sm_count) if self.bulk_copies else ()
+
+    def is_by_ring(self, group: LinearGroup, path: RowPath) -> bool:
+        """Whether ``ops/matmul_ring.cu`` multiplies."""
+        return self._ring_shape(group, path) is not None
 
     def _kind(self, group: LinearGroup, path: RowPath) -> str:
         types = {weight.tensor.qtype.name for weight in self._weights(group)}

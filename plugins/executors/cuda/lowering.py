@@ -7,16 +7,15 @@ length. Those are read by the kernels from the step's rows on the device.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from attrs import define, evolve, field
 
-from mortice.core.errors import ExecutionError
 from mortice.core.model import operators as op
 from mortice.core.model.operators import Buffer, Operator, WeightRef
 from mortice.core.model.weight_plan import WeightPlan
-from mortice.plugins.executors.cuda.attend import LeftRuns, attend, attend_fits, left_runs
+from mortice.plugins.executors.cuda.attend import LeftRuns, attend, attend_fits, attend_tensor, left_runs
 from mortice.plugins.executors.cuda.attend_rows import rows_kernel
 from mortice.plugins.executors.cuda.attend_runs import attend_runs
 from mortice.plugins.executors.cuda.crossovers import RowCrossovers
@@ -33,17 +32,17 @@ from mortice.plugins.executors.cuda.matmul import (
 from mortice.plugins.executors.cuda.placing import (
     LOGIT_ROWS,
     PARTIAL_ROWS,
+    SPREAD_ROWS,
     attention_splits,
     place_products,
     place_program,
     row_splits,
 )
+from mortice.plugins.executors.cuda.singles import SingleLowering
 from mortice.plugins.executors.cuda.sources import KernelSources
 from mortice.plugins.executors.cuda.workspace import Workspace
 
 __all__ = ["Lowering"]
-
-_ACT_KINDS = {"silu": 1, "gelu_tanh": 2, "gelu_erf": 3, "relu": 4, "relu_squared": 5}
 
 Pointer, Int, Float = ctypes.c_uint64, ctypes.c_int32, ctypes.c_float
 
@@ -119,6 +118,9 @@ class Lowering:
         self._planned = {planned.weight: planned for planned in self.plan.weights}
         self._places = {group.attention: group for group in self.groups if isinstance(group, PlaceGroup)}
         self._read_by_linears = {group.attention for group in self.groups if isinstance(group, LinearGroup)}
+        self._singles = SingleLowering(
+            sources=self.sources, planned=self._planned, kv_type=self.kv_type, buffer=self._buffer
+        )
         self.linear = LinearLowering(
             sources=self.sources,
             planned=self._planned,
@@ -129,9 +131,12 @@ class Lowering:
             bulk_copies=self.bulk_copies,
             ring_rows=self.crossovers.ring_rows,
         )
+        self.paths += tuple(evolve(path, alone=True) for path in self.paths if self._has_alone(path))
 
+    _linears: dict[tuple[int, RowPath], list[Spec]] = field(factory=dict, init=False, repr=False)
     _planned: dict[WeightRef, Any] = field(init=False, repr=False)
     _places: dict[Operator, PlaceGroup] = field(init=False, repr=False)
+    _singles: SingleLowering = field(init=False, repr=False)
     _read_by_linears: set[op.Attention | None] = field(init=False, repr=False)
 
     @property
@@ -139,16 +144,16 @@ class Lowering:
         """Parts a row's context is attended in at most."""
         return attention_splits(self.plan.program, self.sm_count)
 
-    def path(self, rows: int) -> RowPath:
-        """The way that the linear maps of a step of `rows` rows go."""
-        return row_path(self.paths, rows)
+    def path(self, rows: int, *, alone: bool = False) -> RowPath:
+        """The way that a step of `rows` rows goes; `alone` where each is the only one of its sequence."""
+        return row_path(self.paths, rows, alone=alone)
 
     def launches(self, path: RowPath) -> tuple[list[Spec], list[Spec]]:
         """What the body and the head queue when a step goes by `path`; no head for ways only longer steps go."""
         body: list[Spec] = []
         head: list[Spec] = []
         target = body
-        has_head = path in {self.path(rows) for rows in range(1, LOGIT_ROWS + 1)}
+        has_head = path.least <= LOGIT_ROWS
         for i, group in enumerate(self.groups):
             if isinstance(group, SingleGroup) and isinstance(group.operator, op.SelectRows):
                 if not has_head:
@@ -157,177 +162,78 @@ class Lowering:
             if isinstance(group, LinearGroup):
                 around = (self.groups[i - 1] if i else None, self.groups[i + 1] if i + 1 < len(self.groups) else None)
                 before, after = (other if isinstance(other, LinearGroup) else None for other in around)
-                target += self.linear.launches(group, path, before, after, self._left(group.attention, path))
+                maps = evolve(path, alone=False)
+                if (i, maps) not in self._linears:  # ways that differ in attention alone have them in common
+                    left = self._left(group.attention, maps)
+                    self._linears[i, maps] = self.linear.launches(group, maps, before, after, left)
+                target += self._linears[i, maps]
             else:
-                target += self._others(group, path)
+                target += self._others(group, path, self.groups[i + 1 : i + 3])
         return body, head
 
-    def _others(self, group: SingleGroup | PlaceGroup, path: RowPath) -> list[Spec]:
+    def _others(self, group: SingleGroup | PlaceGroup, path: RowPath, after: Sequence[Group]) -> list[Spec]:
         place = group if isinstance(group, PlaceGroup) else self._places.get(group.operator)
         if place is not None and self._is_one_launch(place, path):
             if isinstance(group, PlaceGroup):
                 return []
-            left = left_runs(place.attention) if place.attention in self._read_by_linears else 0
-            splits = self._runs(place.attention)
-            return [attend(place, self.sources, self.kv_type, splits, self.sm_count, left, self._buffer)]
+            return [self._attend(place, path, after)]
         if isinstance(group, PlaceGroup):
             specs: list[Spec] = [self._place(group)]
         elif isinstance(group.operator, op.Attention):
             specs = self._attention(group.operator, path)
         else:
-            specs = [self._single(group.operator)]
+            specs = [self._singles.launch(group.operator)]
         return [*specs[:-1], evolve(specs[-1], outputs=group.outputs)]
 
     def _is_one_launch(self, place: PlaceGroup, path: RowPath) -> bool:
-        """Whether one launch does for what brings Q, K and V into place and attention: nothing but one token is new."""
+        """Whether one launch brings Q, K and V into place and attends: no sequence has two new tokens."""
+        if path.alone:
+            return self._attends_alone(place)
         one_row = path.kind == "gemv" and path.rows == 1
         return one_row and attend_fits(place.attention, self.kv_type, bulk_copies=self.bulk_copies)
 
-    def _runs(self, attention: op.Attention) -> int:
-        """Parts the context of one row is attended in at most, where one launch does all."""
-        return min(self.splits, max(1, self.sm_count // attention.num_kv_heads))
+    def _has_alone(self, path: RowPath) -> bool:
+        """Whether rows that are each the only one of its sequence attend in another way than others.
+
+        Only where all products are by rings, which want all shared memory, too: `ops/matmul.cu` lives on the L1 cache.
+        """
+        linears = (group for group in self.groups if isinstance(group, LinearGroup))
+        by_rings = path.kind == "matmul" and all(self.linear.is_by_ring(group, path) for group in linears)
+        return by_rings and any(self._attends_alone(place) for place in self._places.values())
+
+    def _attends_alone(self, place: PlaceGroup) -> bool:
+        return self.bulk_copies and attend_tensor(place.attention, self.kv_type)
+
+    def _attend(self, place: PlaceGroup, path: RowPath, after: Sequence[Group]) -> LaunchSpec:
+        attention = place.attention
+        left = left_runs(attention) if not path.alone and attention in self._read_by_linears else 0
+
+        def splits(rows: int) -> int:
+            return self._runs(attention, rows)
+
+        waits = not path.alone and len(after) > 1  # of several rows few blocks have nothing to do but to ask
+        ahead = self.linear.ahead(after[1]) if waits and isinstance(after[1], LinearGroup) else ()
+        blocks = self._blocks(attention, path.rows)
+        return attend(place, self.sources, self.kv_type, splits, self.sm_count, blocks, left, ahead, self._buffer)
+
+    def _runs(self, attention: op.Attention, rows: int) -> int:
+        """Parts the context of each of so many rows is attended in at most, where one launch does all."""
+        blocks = self.sm_count * (1 if rows == 1 else self._blocks(attention, rows))
+        return max(1, min(self.splits, blocks // (attention.num_kv_heads * rows)))
+
+    def _blocks(self, attention: op.Attention, rows: int) -> int:
+        """Blocks that a multiprocessor has room for: of one row, one and one of the products before or after."""
+        return 1 if 1 < rows <= SPREAD_ROWS and attention.num_kv_heads * SPREAD_ROWS <= self.sm_count else 2
 
     def _left(self, attention: op.Attention | None, path: RowPath) -> LeftRuns | None:
         """What an attention leaves to those that read it."""
         place = self._places.get(attention) if attention is not None else None
         if attention is None or place is None or not self._is_one_launch(place, path):
             return None
-        return LeftRuns(attention=attention, splits=self._runs(attention))
+        return LeftRuns(attention=attention, splits=self._runs(attention, 1))
 
     def _buffer(self, at: Addresses, buffer: Buffer) -> int:
         return at.workspace + self.workspace.offsets[buffer]
-
-    # everything else --------------------------------------------------------------------------------------------
-
-    def _single(self, o: Operator) -> LaunchSpec:  # noqa: C901 (one case an operator)
-        match o:
-            case op.Embed():
-                return self._embed(o, o.weight, o.out, "token_ids")
-            case op.EmbedPositions():
-                return self._embed(o, o.weight, o.out, "positions")
-            case op.Norm():
-                return self._norm(o)
-            case op.Linear():
-                raise AssertionError("linear maps are always in a group")
-            case op.AddBias():
-                return self._elementwise(
-                    o, o.out, lambda at: (self._p(at, o.src), Pointer(at.weights[o.weight]), self._p(at, o.out))
-                )
-            case op.Rope():
-                return self._rope(o)
-            case op.KvWrite():
-                return self._kv_write(o)
-            case op.Add():
-                return self._elementwise(o, o.out, lambda at: (self._p(at, o.a), self._p(at, o.b), self._p(at, o.out)))
-            case op.Act():
-                kind = Int(_ACT_KINDS[o.activation])
-                return self._elementwise(o, o.out, lambda at: (self._p(at, o.src), self._p(at, o.out), kind))
-            case op.GatedAct():
-                kind = Int(_ACT_KINDS[o.activation])
-                return self._elementwise(
-                    o, o.out, lambda at: (self._p(at, o.gate), self._p(at, o.up), self._p(at, o.out), kind)
-                )
-            case op.Scale():
-                return self._elementwise(o, o.out, lambda at: (self._p(at, o.src), self._p(at, o.out), Float(o.factor)))
-            case op.PositionScale():
-                return self._elementwise(
-                    o,
-                    o.out,
-                    lambda at: (
-                        self._p(at, o.src),
-                        Pointer(at.rows.positions),
-                        self._p(at, o.out),
-                        Float(o.strength),
-                        Int(o.period),
-                    ),
-                )
-            case op.Softcap():
-                return self._elementwise(o, o.out, lambda at: (self._p(at, o.src), self._p(at, o.out), Float(o.cap)))
-            case op.SelectRows():
-                return self._elementwise(
-                    o, o.out, lambda at: (self._p(at, o.src), Pointer(at.selected), self._p(at, o.out))
-                )
-        raise ExecutionError(f"{o.name}: the CUDA executor has no {o.kind!r}")
-
-    def _p(self, at: Addresses, buffer: Buffer) -> ctypes.c_uint64:
-        return Pointer(self._buffer(at, buffer))
-
-    def _elementwise(self, o: Operator, out: Buffer, args: Callable[[Addresses], tuple[Any, ...]]) -> LaunchSpec:
-        return LaunchSpec(
-            name=o.name,
-            label=o.kind,
-            source=self.sources.plain(),
-            entry=f"op_{o.kind}",
-            block=256,
-            grid=lambda rows, _: (-(-out.width // 256), rows, 1),
-            args=lambda at, _: (*args(at), Int(out.width)),
-        )
-
-    def _embed(self, o: Operator, weight: WeightRef, out: Buffer, ids: str) -> LaunchSpec:
-        return LaunchSpec(
-            name=o.name,
-            label=o.kind,
-            source=self.sources.embed(self._planned[weight]),
-            entry="embed",
-            block=128,
-            grid=lambda rows, _: (rows, 1, 1),
-            args=lambda at, _: (Pointer(at.weights[weight]), Pointer(getattr(at.rows, ids)), self._p(at, out)),
-        )
-
-    def _norm(self, o: op.Norm) -> LaunchSpec:
-        width = o.src.width // o.groups
-        per_row = o.weight.rows * o.weight.columns != width
-
-        def args(at: Addresses, _: int) -> tuple[Any, ...]:
-            bias = Pointer(at.weights[o.bias] if o.bias is not None else 0)
-            head = (self._p(at, o.src), Pointer(at.weights[o.weight]), bias, self._p(at, o.out))
-            return (*head, Float(o.eps), Int(width), Int(o.type == "layer"), Int(per_row))
-
-        return LaunchSpec(
-            name=o.name,
-            label=o.kind,
-            source=self.sources.plain(),
-            entry="op_norm",
-            block=256,
-            grid=lambda rows, _: (o.groups, rows, 1),
-            args=args,
-        )
-
-    def _rope(self, o: op.Rope) -> LaunchSpec:
-        def args(at: Addresses, _: int) -> tuple[Any, ...]:
-            table, magnitude = at.frequencies[rope_key(o)]
-            pointers = (self._p(at, o.src), Pointer(table), Pointer(at.rows.positions), self._p(at, o.out))
-            return (*pointers, Float(magnitude), Int(o.head_dim), Int(o.dims), Int(o.style == "halves"))
-
-        return LaunchSpec(
-            name=o.name,
-            label=o.kind,
-            source=self.sources.plain(),
-            entry="op_rope",
-            block=64,
-            grid=lambda rows, _: (o.num_heads, rows, 1),
-            args=args,
-        )
-
-    def _kv_write(self, o: op.KvWrite) -> LaunchSpec:
-        assert o.layer is not None
-        layer = o.layer
-        return LaunchSpec(
-            name=o.name,
-            label=o.kind,
-            source=self.sources.kv_write(self.kv_type),
-            entry="kv_write",
-            block=128,
-            grid=lambda rows, _: (o.num_kv_heads, rows, 1),
-            args=lambda at, _: (
-                self._p(at, o.k),
-                self._p(at, o.v),
-                Pointer(at.keys[layer]),
-                Pointer(at.values[layer]),
-                at.rows,
-                Int(o.head_dim),
-            ),
-        )
 
     def _place(self, group: PlaceGroup) -> LaunchSpec:
         write = group.write

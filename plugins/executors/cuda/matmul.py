@@ -130,12 +130,14 @@ class RowPath:
         rows: rows of a pass of ``ops/gemv.cu`` or ``ops/matmul.cu``; for cuBLAS those of the passes of maps that need
             float32.
         least: the fewest rows of a step that goes this way.
+        alone: whether each of them is the only one of its sequence, which is for attention to know.
 
     """
 
     kind: Literal["gemv", "matmul", "gemm"]
     rows: int
     least: int
+    alone: bool = False
 
     @property
     def tile(self) -> MatmulTile:
@@ -261,9 +263,10 @@ def row_paths(rows: int, *, exact: bool, cublas: bool, gemm_from_rows: int = GEM
     return tuple(path for path in paths if path.least <= rows)
 
 
-def row_path(paths: Sequence[RowPath], rows: int) -> RowPath:
-    """The way that a step of `rows` rows goes."""
-    return max((path for path in paths if path.least <= rows), key=lambda path: path.least)
+def row_path(paths: Sequence[RowPath], rows: int, *, alone: bool = False) -> RowPath:
+    """The way that a step of `rows` rows goes; `alone` where each is the only one of its sequence."""
+    open_to = (path for path in paths if path.least <= rows and path.alone <= alone)
+    return max(open_to, key=lambda path: (path.least, path.alone))
 
 
 def units_of(outputs: Sequence[int], tile: MatmulTile) -> int:

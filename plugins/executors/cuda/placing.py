@@ -24,6 +24,7 @@ from mortice.plugins.executors.cuda.workspace import Workspace, place_buffers
 __all__ = [
     "LOGIT_ROWS",
     "PARTIAL_ROWS",
+    "SPREAD_ROWS",
     "attention_splits",
     "linear_groups",
     "matmul_bytes",
@@ -38,6 +39,10 @@ LOGIT_ROWS = 32
 
 PARTIAL_ROWS = 32
 """Rows whose attention may be split along the context, each by itself; more fill the card without."""
+
+SPREAD_ROWS = 8
+"""Rows, each of a sequence of its own, that attend with one block a multiprocessor: fastest, as measured with 2 and 8
+(docs/design/prefill-performance.md). More take two, for 9 rows and 8 KV heads would leave half of the card idle."""
 
 _MOST_SPLITS = 64
 

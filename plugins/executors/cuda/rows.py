@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,19 @@ from mortice.plugins.executors.cuda.kv_pool import CudaSequence
 from mortice.plugins.executors.cuda.launches import StepRows
 from mortice.plugins.executors.cuda.stream import Stream
 
-__all__ = ["MAX_SEQUENCES", "Row", "RowTable"]
+__all__ = ["MAX_SEQUENCES", "Row", "RowTable", "alone"]
 
 MAX_SEQUENCES = 32
 """Sequences that may be open at once."""
 
 Row = tuple[CudaSequence, int, int, bool]
 """(sequence, token id, position, whether logits are wanted)"""
+
+
+def alone(rows: Sequence[Row]) -> bool:
+    """Whether each row is the only one of its sequence."""
+    return len(rows) <= MAX_SEQUENCES and len({row[0].slot for row in rows}) == len(rows)
+
 
 _TOKEN_IDS, _POSITIONS, _TABLES, _SELECTED, _PAGES = range(5)
 

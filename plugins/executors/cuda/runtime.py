@@ -30,9 +30,10 @@ from mortice.plugins.executors.cuda.kv_pool import CudaSequence
 from mortice.plugins.executors.cuda.launches import Addresses, Queued, Spec
 from mortice.plugins.executors.cuda.loaded import LoadedKernels
 from mortice.plugins.executors.cuda.lowering import Lowering
+from mortice.plugins.executors.cuda.matmul import RowPath
 from mortice.plugins.executors.cuda.module import Launch
 from mortice.plugins.executors.cuda.placing import LOGIT_ROWS
-from mortice.plugins.executors.cuda.rows import MAX_SEQUENCES, Row, RowTable
+from mortice.plugins.executors.cuda.rows import MAX_SEQUENCES, Row, RowTable, alone
 from mortice.plugins.executors.cuda.runtime_memory import RuntimeMemory
 from mortice.plugins.executors.cuda.step_choices import CudaChoice, StepChoices
 from mortice.plugins.executors.cuda.stream import Event, GraphExec, Stream
@@ -52,7 +53,7 @@ class CudaRuntime(PagedRuntime[CudaSequence]):
     device: Device
     kernels: Kernels
     _closed: bool = field(default=False, init=False, repr=False)
-    _plans: dict[tuple[Part, int], list[Queued]] = field(factory=dict, init=False, repr=False)
+    _plans: dict[tuple[Part, int, RowPath], list[Queued]] = field(factory=dict, init=False, repr=False)
     _choices: dict[int, list[Launch]] = field(factory=dict, init=False, repr=False)
     epoch: int = field(default=0, init=False)
     """Counts the steps that wrote the rows anew; whoever launched ahead sees by it that they are no longer its own."""
@@ -179,7 +180,7 @@ class CudaRuntime(PagedRuntime[CudaSequence]):
         if graph:
             self.graph(len(rows), "logits").launch(self.stream)
             return [self._read_logits(len(rows))]
-        self.run_part("body", len(rows))
+        self.run_part("body", len(rows), alone=alone(rows))
         out = []
         for start in range(0, len(wanted), LOGIT_ROWS):
             size = min(LOGIT_ROWS, len(wanted) - start)
@@ -207,9 +208,10 @@ class CudaRuntime(PagedRuntime[CudaSequence]):
 
     # launches ---------------------------------------------------------------------------------------------------
 
-    def launches(self, part: Part, rows: int) -> list[tuple[Spec, Queued]]:
-        """What a step of that many rows queues, each launch with what it was made from."""
-        return list(zip(self._specs_of(part, rows), self._plan(part, rows), strict=True))
+    def launches(self, part: Part, rows: int, *, alone: bool = False) -> list[tuple[Spec, Queued]]:
+        """What a step of that many rows queues, each launch with what it was made from; see `run_part`."""
+        path = self.lowering.path(rows, alone=alone)
+        return list(zip(self._specs_of(part, path), self._plan(part, rows, alone=alone), strict=True))
 
     def read_buffer(self, buffer: Buffer, rows: int) -> NDArray[np.float32]:
         """The first rows of a buffer, as they are now."""
@@ -217,22 +219,20 @@ class CudaRuntime(PagedRuntime[CudaSequence]):
         self.stream.read(value, self.memory.address(buffer))
         return value
 
-    def run_part(self, part: Part, rows: int) -> None:
-        """Queue the launches of a part of a step."""
-        for launch in self._plan(part, rows):
+    def run_part(self, part: Part, rows: int, *, alone: bool = False) -> None:
+        """Queue the launches of a part of a step; `alone` where each row is the only one of its sequence."""
+        for launch in self._plan(part, rows, alone=alone):
             launch(self.stream)
 
-    def _plan(self, part: Part, rows: int) -> list[Queued]:
-        plan = self._plans.get((part, rows))
+    def _plan(self, part: Part, rows: int, *, alone: bool = False) -> list[Queued]:
+        path = self.lowering.path(rows, alone=alone)
+        plan = self._plans.get((part, rows, path))
         if plan is None:
-            plan = self._plans[part, rows] = self._prepare(part, rows)
+            plan = self._plans[part, rows, path] = self.queue(self._specs_of(part, path), rows, self.memory.addresses)
         return plan
 
-    def _specs_of(self, part: Part, rows: int) -> list[Spec]:
-        return self.kernels.specs[self.lowering.path(rows)][0 if part == "body" else 1]
-
-    def _prepare(self, part: Part, rows: int) -> list[Queued]:
-        return self.queue(self._specs_of(part, rows), rows, self.memory.addresses)
+    def _specs_of(self, part: Part, path: RowPath) -> list[Spec]:
+        return self.kernels.specs[path][0 if part == "body" else 1]
 
     def queue(self, specs: Sequence[Spec], rows: int, addresses: Addresses) -> list[Queued]:
         """Launches of a step of that many rows, ready to run."""
@@ -257,7 +257,7 @@ class CudaRuntime(PagedRuntime[CudaSequence]):
         """A step of so many rows, each with its logits; nothing of positions, lengths, pages or sequences is in it."""
 
         def launches() -> list[Queued]:
-            plans = [*self._plan("body", rows), *self._plan("head", rows)]
+            plans = [*self._plan("body", rows, alone=True), *self._plan("head", rows)]
             return plans if ending == "logits" else [*plans, *self.choices(rows)]
 
         return self._graphs.get((rows, ending), launches)

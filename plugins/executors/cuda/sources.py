@@ -183,20 +183,17 @@ class KernelSources:
         }
         return self._source(f"{kernel.name}.cu", defines)
 
-    def attend(
-        self, place: PlaceGroup, kv_type: str, splits: int, threads: int, *, tensor: bool, left_runs: int
-    ) -> Source:
+    def attend(self, place: PlaceGroup, kv_type: str, threads: int, blocks: int, *, tensor: bool) -> Source:
         """See ``ops/attend.cu``; on tensor cores or not."""
         attention = place.attention
         defines: dict[str, str | int] = {
             "GROUP": attention.num_heads // attention.num_kv_heads,
-            "SPLITS": splits,
             "SOFTCAP": int(attention.softcap > 0),
             "WINDOWED": int(attention.window > 0),
             "TENSOR": int(tensor),
             "THREADS": threads,
             "RUN_PAGES": _RUN_PAGES,
-            "LEFT_RUNS": left_runs,
+            "BLOCKS": blocks,
         }
         return self._source("attend.cu", {**_placing(place, kv_type), **defines})
 

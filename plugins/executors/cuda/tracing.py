@@ -16,7 +16,7 @@ from mortice.plugins.executors.cuda.device import Device
 from mortice.plugins.executors.cuda.launches import Queued, Spec
 from mortice.plugins.executors.cuda.lowering import Lowering
 from mortice.plugins.executors.cuda.placing import LOGIT_ROWS
-from mortice.plugins.executors.cuda.rows import Row, RowTable
+from mortice.plugins.executors.cuda.rows import Row, RowTable, alone
 from mortice.plugins.executors.cuda.stream import Stream
 
 __all__ = ["Part", "TracedSteps", "profile", "trace"]
@@ -45,8 +45,8 @@ class TracedSteps(Protocol):
         """Count the tokens of a step that was queued."""
         ...
 
-    def launches(self, part: Part, rows: int) -> list[tuple[Spec, Queued]]:
-        """What a step of that many rows queues."""
+    def launches(self, part: Part, rows: int, *, alone: bool = False) -> list[tuple[Spec, Queued]]:
+        """What a step of that many rows queues; `alone` where each is the only one of its sequence."""
         ...
 
     def read_buffer(self, buffer: Buffer, rows: int) -> NDArray[np.float32]:
@@ -61,12 +61,12 @@ def profile(runtime: TracedSteps, parts: Sequence[StepPart]) -> list[tuple[str, 
     """
     rows = runtime.begin(parts)[: runtime.lowering.rows]
     wanted = runtime.rows.send(rows, runtime.stream)[:LOGIT_ROWS]
-    times = []
+    times, each_alone = [], alone(rows)
     sizes: tuple[tuple[Part, int], ...] = (("body", len(rows)), ("head", len(wanted)))
     before, after = (runtime.device.new_event(timing=True) for _ in range(2))
     with closing(before), closing(after):
         for part, count in sizes:
-            for spec, launch in runtime.launches(part, count) if count else ():
+            for spec, launch in runtime.launches(part, count, alone=each_alone) if count else ():
                 runtime.stream.synchronize()
                 before.record(runtime.stream)
                 launch(runtime.stream)
@@ -93,7 +93,7 @@ def trace(
         )
     rows = runtime.begin(parts)
     wanted = runtime.rows.send(rows, runtime.stream)
-    _trace_part(runtime, "body", len(rows), see)
+    _trace_part(runtime, "body", len(rows), see, each_alone=alone(rows))
     pieces: dict[Buffer, list[NDArray[np.float32]]] = {}
     for start in range(0, len(wanted), LOGIT_ROWS):
         chosen = wanted[start : start + LOGIT_ROWS]
@@ -108,9 +108,14 @@ def trace(
 
 
 def _trace_part(
-    runtime: TracedSteps, part: Part, rows: int, see: Callable[[Buffer, NDArray[np.float32]], None]
+    runtime: TracedSteps,
+    part: Part,
+    rows: int,
+    see: Callable[[Buffer, NDArray[np.float32]], None],
+    *,
+    each_alone: bool = False,
 ) -> None:
-    for spec, launch in runtime.launches(part, rows):
+    for spec, launch in runtime.launches(part, rows, alone=each_alone):
         launch(runtime.stream)
         for buffer in spec.outputs:  # now: a later launch may use their memory for something else
             see(buffer, runtime.read_buffer(buffer, rows))

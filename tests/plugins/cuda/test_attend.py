@@ -1,4 +1,4 @@
-"""Attention of one token with what lies before it, run on the CPU against the reference executor's operators."""
+"""Attention of single tokens with what lies before it, on the CPU, against the reference executor's operators."""
 
 from __future__ import annotations
 
@@ -13,12 +13,23 @@ from numpy.typing import NDArray
 from mortice.core.model.operators import Attention, Buffer
 from mortice.plugins.executors.cuda.attend import _AttendArgs, attend_tensor, attend_threads
 from mortice.plugins.executors.cuda.flatten import flatten
+from mortice.plugins.executors.cuda.launches import StepRows
 from mortice.plugins.executors.cuda.linear_args import GemvArgs, LeftArgs
 from mortice.plugins.executors.cuda.sources import KV_NAMES, OPS
 from mortice.plugins.executors.reference import ops
 from mortice.plugins.executors.reference.kv_cache import through_kv_type
 from tests.plugins.cuda.test_compiles_everywhere import TRAITS
-from tests.plugins.cuda.test_kv_kernels import CASES, KV_HEADS, TOKENS, Cache, compiled, heads
+from tests.plugins.cuda.test_kv_kernels import (
+    CASES,
+    FIRST_PAGE,
+    KV_HEADS,
+    TABLE,
+    TOKENS,
+    Cache,
+    aligned,
+    compiled,
+    heads,
+)
 from tests.support.cuda_on_cpu import TENSOR, compile_for_cpu, for_tensor_cores, needs_cpu_compiler, pointer
 
 SPLITS, LEFT_RUNS = 3, 2
@@ -26,8 +37,8 @@ LEFT = (96, 128)
 """Sizes of heads whose runs are joined where they are read; with others attention joins them."""
 
 RUN = """
-extern "C" void run(const AttendArgs* args) {
-    launch({static_cast<unsigned>(KV_HEADS * args->splits + 1)}, kThreads, [=] { attend(*args); });
+extern "C" void run(const AttendArgs* args, unsigned rows) {
+    launch({static_cast<unsigned>(KV_HEADS * args->splits + 1), rows}, kThreads, [=] { attend(*args); });
 }"""
 
 READ = """
@@ -66,9 +77,8 @@ def attend_library(folder: Path, kv_type: str, **defines: int) -> ctypes.CDLL:
     constants: dict[str, str | int] = {
         "KV": KV_NAMES[kv_type],
         "KV_HEADS": KV_HEADS,
-        "SPLITS": SPLITS,
         "RUN_PAGES": 1,
-        "LEFT_RUNS": LEFT_RUNS if head_dim in LEFT else 0,
+        "BLOCKS": 1 + (head_dim > 64),
         "TENSOR": int(attend_tensor(attention, kv_type)),
         "THREADS": attend_threads(attention, kv_type),
         **defines,
@@ -148,8 +158,9 @@ def test_a_token_is_normed_turned_stored_and_attends(kv_type: str, head_dim: int
             softcap=options["cap"],
             window=options["window"],
             splits=SPLITS,
+            left_runs=LEFT_RUNS if reading is not None else 0,
         )
-        library.run(ctypes.byref(args))
+        library.run(ctypes.byref(args), ctypes.c_uint(1))
         if reading is not None:
             runs = LeftArgs(
                 partial=partial.ctypes.data, position=positions.ctypes.data, window=options["window"], splits=SPLITS
@@ -177,3 +188,54 @@ def test_a_token_is_normed_turned_stored_and_attends(kv_type: str, head_dim: int
         )
         assert not arrivals.any(), "the counters are zero again"
         k[position], v[position] = turned_k, new_v
+
+
+@needs_cpu_compiler
+@pytest.mark.parametrize(("kv_type", "head_dim"), [("f16", 64), ("q8_0", 64), ("f32", 80)])
+def test_each_row_of_a_step_attends_as_if_it_were_alone(kv_type: str, head_dim: int, tmp_path: Path) -> None:
+    group, positions = 3, np.array([148, 128, 0], np.int32)
+    tables = np.array([0, 3, 6], np.int32)
+    pages = np.array([*TABLE, *TABLE[:2], 3, 1], np.int32)  # the first two sequences are forks
+    rng, cache = np.random.default_rng(head_dim), Cache(kv_type, head_dim)
+    writing = compiled(tmp_path, "kv_write", kv_type)
+    k, v = (rng.normal(size=(TOKENS, KV_HEADS * head_dim)).astype(np.float32) for _ in range(2))
+    for position, table in zip(positions[:2], tables, strict=False):
+        cache.pages[FIRST_PAGE:] = pages[table : table + len(TABLE)]
+        cache.write(writing, k[:position], v[:position])
+    shape = {"HEAD_DIM": head_dim, "GROUP": group, "DIMS": head_dim, "HALVES": 1, "HEAD_NORM": 0}
+    library = attend_library(tmp_path / "attend", kv_type, **shape, SOFTCAP=0, WINDOWED=0)
+    given = {
+        name: rng.normal(size=(len(positions), count * head_dim)).astype(np.float32)
+        for name, count in (("q", KV_HEADS * group), ("k", KV_HEADS), ("v", KV_HEADS))
+    }
+    frequencies = 10000.0 ** (-np.arange(head_dim // 2) / (head_dim // 2))
+
+    def attended(rows: slice, keys: NDArray[np.uint8], values: NDArray[np.uint8]) -> Array:
+        count = len(positions[rows])
+        out = np.full_like(given["q"][rows], np.nan)
+        partial = np.full((count, SPLITS, KV_HEADS, group, head_dim + 2), np.nan, np.float32)
+        arrivals = np.zeros((count, KV_HEADS), np.int32)
+        own = {name: array[rows].copy() for name, array in given.items()}
+        arrays = {**own, "out": out, "partial": partial, "arrivals": arrivals, "keys": keys, "values": values}
+        step = positions[rows].copy(), tables[rows].copy()
+        args = _AttendArgs(
+            **{name: array.ctypes.data for name, array in arrays.items()},
+            frequencies=frequencies.ctypes.data,
+            rows=StepRows(positions=step[0].ctypes.data, tables=step[1].ctypes.data, pages=pages.ctypes.data),
+            magnitude=1.0,
+            scale=head_dim**-0.5,
+            splits=SPLITS,
+        )
+        library.run(ctypes.byref(args), ctypes.c_uint(count))
+        assert not arrivals.any(), "the counters are zero again"
+        return out
+
+    caches = [aligned(cache.keys.nbytes) for _ in range(2)]
+    for copy, original in zip(caches, (cache.keys, cache.values), strict=True):
+        copy[:] = original
+    together = attended(slice(None), cache.keys, cache.values)
+    alone = [attended(slice(row, row + 1), *caches) for row in range(len(positions))]
+    assert np.isfinite(together).all()
+    np.testing.assert_array_equal(together, np.concatenate(alone))
+    np.testing.assert_array_equal(cache.keys, caches[0])
+    np.testing.assert_array_equal(cache.values, caches[1])

@@ -29,7 +29,7 @@ from mortice.core.model.weight_plan import WeightPlan, plan_weights
 from mortice.core.synth.model import synth_model
 from mortice.core.synth.recipes import RECIPES
 from mortice.core.synth.shapes import SHAPES
-from mortice.plugins.executors.cuda.attend import attend_fits, attend_tensor, attend_threads, left_runs
+from mortice.plugins.executors.cuda.attend import attend_fits, attend_tensor, attend_threads
 from mortice.plugins.executors.cuda.build import compile_all
 from mortice.plugins.executors.cuda.crossovers import RowCrossovers
 from mortice.plugins.executors.cuda.executor import CudaExecutor
@@ -162,8 +162,9 @@ def of_heads() -> Iterator[Wanted]:
         place = _place(head_dim, "halves", head_dim, "rms", attention)
         archs = ARCHS if attend_fits(attention, kv_type, bulk_copies=False) else BULK_COPIES
         threads, tensor = attend_threads(attention, kv_type), attend_tensor(attention, kv_type)
-        for left in (0, left_runs(attention)):
-            yield SOURCES.attend(place, kv_type, 16, threads, tensor=tensor, left_runs=left), archs
+        yield SOURCES.attend(place, kv_type, threads, 2, tensor=tensor), archs
+        if tensor:
+            yield SOURCES.attend(place, kv_type, threads, 1, tensor=tensor), BULK_COPIES
         if kv_type != "f32":
             yield SOURCES.attention(attention, kv_type, tile.rows, exact=False), ARCHS
             yield SOURCES.attention_prefill(attention, kv_type, tile), ARCHS

@@ -34,7 +34,7 @@ from mortice.plugins.executors.cuda.matmul import (
     slices_of,
 )
 from mortice.plugins.executors.cuda.matmul_ring import RING_ROWS
-from mortice.plugins.executors.cuda.placing import LOGIT_ROWS, PARTIAL_ROWS, matmul_bytes
+from mortice.plugins.executors.cuda.placing import LOGIT_ROWS, PARTIAL_ROWS, matmul_bytes, scratch_bytes
 from mortice.plugins.executors.cuda.sources import KernelSources
 from tests.plugins.qtypes.blocks import TYPES
 from tests.support.tiny import CONTRACTS, QTYPES, REGISTRY
@@ -252,9 +252,9 @@ def kind(group: Group) -> str:
 def test_each_launch_that_ends_a_group_says_what_it_completed(tmp_path: Path) -> None:
     of = lowering(tmp_path)
     for path in of.paths:
-        # of one row, Q in its place is never written: attention takes it along; its result may be left in several runs
+        # Q in its place is not written where attention takes it along; that of one row may leave its result in runs
         one_row = path.kind == "gemv" and path.rows == 1
-        kinds = {"place", "attention"} if one_row else set()
+        kinds = {"place", "attention"} if one_row else {"place"} if path.alone else set()
         wanted = [buffer for group in of.groups if kind(group) not in kinds for buffer in group.outputs]
         body, head = of.launches(path)
         told = [buffer for spec in (*body, *head) for buffer in spec.outputs]
@@ -307,3 +307,63 @@ def test_a_row_attends_in_one_launch_where_a_page_fits_shared_memory(
     of = lowering(tmp_path, sizes={"head_dim": 256, "num_heads": 4}, kv_type=kv_type, bulk_copies=bulk_copies)
     body, _ = of.launches(of.path(1))
     assert {spec.entry for spec in body if isinstance(spec, LaunchSpec)} & {"attend", "place", "attention"} == entries
+
+
+@pytest.mark.parametrize("rows", [2, 3, 8, 9, 16])
+def test_rows_of_sequences_of_their_own_attend_in_one_launch(tmp_path: Path, rows: int) -> None:
+    of = lowering(tmp_path, bulk_copies=True)
+    single, several = (of.launches(of.path(rows, alone=alone))[0] for alone in (True, False))
+    assert _attending(single) == {"attend"}
+    assert _attending(several) == {"place", "attention_rows"}
+    others = [[(spec.name, spec.label) for spec in body if not _attending([spec])] for body in (single, several)]
+    assert others[0] == others[1], "all else is the same"
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        (17, {}),
+        (9, {"crossovers": RowCrossovers(ring_rows=8)}),
+        (8, {"quantize_activations": False}),
+        (8, {"bulk_copies": False}),
+        (8, {"kv_type": "q8_0"}),
+        (8, {"kv_type": "f32"}),
+        (8, {"sizes": {"head_dim": 80}}),
+    ],
+)
+def test_where_that_is_not_faster_their_keys_and_values_are_placed_before(
+    tmp_path: Path, rows: int, options: dict[str, Any]
+) -> None:
+    of = lowering(tmp_path, **{"bulk_copies": True, **options})
+    assert of.path(rows, alone=True) == of.path(rows)
+    assert "attend" not in _attending(of.launches(of.path(rows))[0])
+
+
+def test_the_runs_of_all_rows_have_room_in_what_fit_counts(tmp_path: Path) -> None:
+    of = lowering(tmp_path, bulk_copies=True)
+    attention = next(o for o in of.plan.program.operators if isinstance(o, op.Attention))
+    nbytes, counters = scratch_bytes(of.plan.program, SM_COUNT, of.rows)
+    for rows in range(1, 17):
+        body, _ = of.launches(of.path(rows, alone=True))
+        (args,) = next(spec for spec in body if _attending([spec])).args(addresses(of), rows)
+        assert 4 * rows * args.splits * attention.num_heads * (attention.head_dim + 2) <= nbytes
+        assert 4 * rows * attention.num_kv_heads <= counters
+
+
+def _attending(specs: Sequence[LaunchSpec | GemmSpec]) -> set[str]:
+    entries = {spec.entry for spec in specs if isinstance(spec, LaunchSpec)}
+    return entries & {"attend", "place", "attention", "attention_rows", "attention_prefill"}
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 8, 32])
+def test_no_block_of_attention_waits_for_another_to_end(tmp_path: Path, kv_heads: int) -> None:
+    sizes = {"num_heads": 2 * kv_heads, "num_kv_heads": kv_heads, "head_dim": 64}
+    of = lowering(tmp_path, bulk_copies=True, sizes=sizes)
+    for rows in range(1, 17):
+        body, _ = of.launches(of.path(rows, alone=True))
+        spec = next(spec for spec in body if _attending([spec]) == {"attend"})
+        assert isinstance(spec, LaunchSpec)
+        across, down, _ = spec.grid(rows, 0)
+        assert down == rows
+        room = SM_COUNT * int(dict(spec.source.defines)["BLOCKS"])
+        assert across * down <= room or across == kv_heads, "unless there are more rows and heads than that"

@@ -135,8 +135,9 @@ class Card(PagedRuntime[CudaSequence]):
         self._kept[slot] = Kept(sampling, kept["step"], kept["position"], list(kept["seen"]))
         self.launched.append("begin")
 
-    def run_part(self, part: str, rows: int) -> None:
+    def run_part(self, part: str, rows: int, *, alone: bool = False) -> None:
         if part == "body":
+            assert alone == (len({slot for slot, _, _ in self._rows}) == rows)
             self.launched.append(f"body {rows}")
             self._write_kv()
 

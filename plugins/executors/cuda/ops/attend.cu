@@ -1,17 +1,18 @@
-// Attention of one token with what lies before it, in one launch: the norm of the heads of Q and K, RoPE, the write of K
-// and V to the paged cache. The same as place.cu and attention.cu do one after the other for many tokens, which this
-// cannot: a block waits for no other, and so sees of the step's own tokens only the one it brings itself.
+// Attention of tokens of different sequences with what lies before it, in one launch: the norm of the heads of Q and K,
+// RoPE, the write of K and V to the paged cache. The same as place.cu and attention.cu do one after the other for many
+// tokens of a sequence, which this cannot: a block waits for no other, and so sees of the step's own tokens only the one
+// it brings itself.
 //
-// Blocks take a KV head and a split each, heads first. The query heads of a group read K and V together, page by page,
-// out of shared memory, where the first pages are asked for before the wait for the kernel before: only Q and the step's
-// own K and V come after it. Short contexts are one run of pages; longer ones are split (Flash-Decoding: Dao et al. 2023)
+// Blocks take a token (y), a KV head and a split (x, heads first) each. The query heads of a group read K and V together,
+// page by page, out of shared memory, where the first pages are asked for before the wait for the kernel before: only Q and
+// the step's own K and V come after it. Short contexts are one run of pages; longer ones are split (Flash-Decoding: Dao et al. 2023)
 // and joined by the block that comes last or, where the runs are few, by the product that reads the result. Sums are kept
 // with a running maximum (Milakov and Gimelshein 2018). What a block does with a page is in attend_tensor.cuh and
 // attend_plain.cuh.
 //
-// Compile-time: those of place.cu (HEAD_DIM, KV_HEADS, DIMS, HALVES, HEAD_NORM, KV) and of attention.cu (GROUP, SPLITS,
-// SOFTCAP, WINDOWED), TENSOR for tensor cores, THREADS of a block, RUN_PAGES, those worth a block of their own, and
-// LEFT_RUNS: so many runs are left to who reads the result (gemv_input.cuh), 0 for none.
+// Compile-time: those of place.cu (HEAD_DIM, KV_HEADS, DIMS, HALVES, HEAD_NORM, KV) and of attention.cu (GROUP, SOFTCAP,
+// WINDOWED), TENSOR for tensor cores, THREADS of a block, RUN_PAGES, those worth a block of their own, and BLOCKS that a
+// multiprocessor with bulk copies has room for: 2 for one token, 1 for several, which spreads them evenly.
 #include "attend_plain.cuh"
 #include "attend_tensor.cuh"
 #include "float_math.cuh"
@@ -20,7 +21,7 @@
 // Specifications per Compute Capability"). Where rings are (gemv_ring.cuh) a block of a product is to find room beside it.
 constexpr int kArrays = sizeof(Heads) + sizeof(Operands);
 #if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
-constexpr int kMostShared = 227 << 10, kBlocks = 2, kRoom = (110 << 10) - kArrays;
+constexpr int kMostShared = 227 << 10, kBlocks = BLOCKS, kRoom = ((kBlocks > 1 ? 110 : 215) << 10) - kArrays;
 #elif __CUDA_ARCH__ == 800
 constexpr int kMostShared = 163 << 10, kBlocks = 1, kRoom = kMostShared - (8 << 10) - kArrays;
 #else
@@ -78,13 +79,14 @@ __device__ __forceinline__ void bring_head(const float* from, const float* norm,
 
 // The queries of the group and, where this block brings them, K and V of the step's own token, which go to `page` of the
 // cache: to shared memory.
-__device__ __forceinline__ void bring(const AttendArgs& args, int head, int position, int page, bool brings, Shared& shared) {
+__device__ __forceinline__ void bring(const AttendArgs& args, int token, int head, int position, int page, bool brings, Shared& shared) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll 1
     for (int row = threadIdx.x / kWarp; row < GROUP + 2 * brings; row += kWarps) {
         const bool is_query = row < GROUP, is_value = row == GROUP + 1;
         float* brought = shared.heads.rows[row];
-        const float* source = is_query ? args.q + (head * GROUP + row) * HEAD_DIM : (is_value ? args.v : args.k) + head * HEAD_DIM;
+        const float* source = is_query ? args.q + ((token * KV_HEADS + head) * GROUP + row) * HEAD_DIM
+                                       : (is_value ? args.v : args.k) + (token * KV_HEADS + head) * HEAD_DIM;
         bring_head(source, is_query ? args.q_norm : args.k_norm, is_query ? args.q_eps : args.k_eps, shared.turns, is_value, brought);
         if (!is_query) {
             const auto cached = kv_row(is_value ? args.values : args.keys, page, position % kPageTokens, head, KV_HEADS, HEAD_DIM);
@@ -184,17 +186,29 @@ __device__ __forceinline__ void join_runs(const RunSums<HEAD_DIM>& sums, int hea
     }
 }
 
+// While most blocks have no run of a context, memory has little to do: they ask for weights that are needed later, each for
+// its share. A few blocks would take too long to ask for all of it, and memory has the context to read then.
+__device__ __forceinline__ void ask_ahead(const AttendArgs& args, int place, int places) {
+    if (threadIdx.x != 0 || 2 * places < gridDim.x) return;
+    for (const Ahead& weight : args.ahead) {
+        for (int piece = place; piece < weight.pieces; piece += places) {
+            ask_l2(weight.start + static_cast<uint64>(piece) * kAheadPiece, kAheadPiece);
+        }
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) attend(const __grid_constant__ AttendArgs args) {
     extern __shared__ __align__(128) uint8 memory[];
     __shared__ Shared shared;
-    const int head = blockIdx.x % KV_HEADS, split = blockIdx.x / KV_HEADS;
+    const int head = blockIdx.x % KV_HEADS, split = blockIdx.x / KV_HEADS, token = blockIdx.y;
 
     let_next_kernel_start();
     // what was there before the kernel that makes Q, K and V
-    const int position = args.rows.positions[0];
-    const int* pages = args.rows.pages + args.rows.tables[0];
-    const ContextRuns runs(position, WINDOWED ? args.window : 0, RUN_PAGES, args.splits, LEFT_RUNS);
+    const int position = args.rows.positions[token];
+    const int* pages = args.rows.pages + args.rows.tables[token];
+    const ContextRuns runs(position, WINDOWED ? args.window : 0, RUN_PAGES, args.splits, args.left_runs);
     if (split >= runs.used) {
+        ask_ahead(args, blockIdx.x - runs.used * KV_HEADS, gridDim.x - runs.used * KV_HEADS);
         wait_for_previous_kernel();  // see kLeastShared
         return;
     }
@@ -215,10 +229,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) attend(const __g
     wait_for_previous_kernel();
 
     const int heads = head * GROUP;  // the first of this block's
-    const RunSums<HEAD_DIM> left{args.partial, args.splits, KV_HEADS * GROUP * HEAD_DIM};
-    float* out = args.out + heads * HEAD_DIM;
+    const RunSums<HEAD_DIM> left = RunSums<HEAD_DIM>{args.partial, args.splits, KV_HEADS * GROUP * HEAD_DIM}.of_row(token);
+    float* out = args.out + (token * KV_HEADS * GROUP + heads) * HEAD_DIM;
     float* sums = reinterpret_cast<float*>(memory + kSumsStart);
-    bring(args, head, position, own_page, run.brings, shared);
+    bring(args, token, head, position, own_page, run.brings, shared);
     __syncthreads();
     attend_to(args, pages, head, run, stages, shared, sums);
     __syncthreads();
@@ -227,13 +241,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) attend(const __g
         __syncthreads();
     }
     join_slots(shared, sums, out, left.of(split) + heads * HEAD_DIM, left.peaks(split) + heads, runs.used == 1);
-    if (runs.used <= largest(1, LEFT_RUNS)) return;
+    if (runs.used <= max(1, args.left_runs)) return;
+    int* arrivals = args.arrivals + token * KV_HEADS + head;
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) shared.is_last = atomicAdd(&args.arrivals[head], 1) == runs.used - 1;
+    if (threadIdx.x == 0) shared.is_last = atomicAdd(arrivals, 1) == runs.used - 1;
     __syncthreads();
     if (!shared.is_last) return;
     __threadfence();
     join_runs(left, head, runs.used, out);
-    if (threadIdx.x == 0) args.arrivals[head] = 0;
+    if (threadIdx.x == 0) *arrivals = 0;
 }

@@ -10,15 +10,24 @@ constexpr int kThreads = THREADS;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kPairs = DIMS / 2;
 
+constexpr int kMostAhead = 2;
+constexpr int kAheadPiece = 2048;
+
+// A part of a weight of the launch after next, in pieces of kAheadPiece bytes.
+struct Ahead {
+    const uint8* start;
+    int pieces;
+};
+
 struct AttendArgs {
-    const float* q;  // (KV_HEADS * GROUP, HEAD_DIM)
-    const float* k;  // (KV_HEADS, HEAD_DIM)
+    const float* q;  // (rows, KV_HEADS * GROUP, HEAD_DIM)
+    const float* k;  // (rows, KV_HEADS, HEAD_DIM)
     const float* v;
     KV* keys;  // the layer's cache
     KV* values;
     float* out;      // like q
-    float* partial;  // RunSums of `splits`
-    int* arrivals;   // (KV_HEADS,), zero before and after
+    float* partial;  // of each row RunSums of `splits`
+    int* arrivals;   // (rows, KV_HEADS), zero before and after
     const float* q_norm;  // (HEAD_DIM,)
     const float* k_norm;
     const double* frequencies;  // (DIMS / 2,)
@@ -28,7 +37,9 @@ struct AttendArgs {
     float scale;
     float softcap;
     int window;
-    int splits;
+    int splits;     // runs of a context at most
+    int left_runs;  // so many at most are left to who reads the result; 0 for none
+    Ahead ahead[kMostAhead];
 };
 
 // The heads of a group in shared memory as they were brought: queries, then K and V of the step's own token.

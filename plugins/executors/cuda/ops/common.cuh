@@ -57,6 +57,13 @@ __device__ __forceinline__ float2 half2_bits(uint32 bits) {
     return make_float2(half_bits(bits & 0xffffu), half_bits(bits >> 16));
 }
 
+// Asks for bytes to be in the L2 cache; their address and number are multiples of 16.
+__device__ __forceinline__ void ask_l2(const uint8* from, uint32 bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
 // Sum over groups of `kLanes` neighbouring lanes; every lane gets the result.
 template <int kLanes = kWarp>
 __device__ __forceinline__ float lanes_sum(float v) {

@@ -28,6 +28,9 @@ struct RunSums {
     float* memory;
     int most, width;  // runs, heads * kHeadDim
 
+    __device__ __forceinline__ RunSums of_row(int row) const {
+        return {memory + static_cast<size_t>(row) * most * (width + 2 * (width / kHeadDim)), most, width};
+    }
     __device__ __forceinline__ float* of(int run) const { return memory + run * width; }
     __device__ __forceinline__ float2* peaks(int run) const {
         return reinterpret_cast<float2*>(memory + most * width) + run * (width / kHeadDim);

@@ -1,0 +1,43 @@
+"""Which weights blocks of attention ask for ahead: a part of gate and up that rings do not ask for yet, and no more."""
+
+from __future__ import annotations
+
+import pytest
+
+from mortice.core.model.operators import WeightRef
+from mortice.plugins.executors.cuda.ahead import AheadWeight, weights_ahead
+from mortice.plugins.executors.cuda.layouts import tile_geometry
+from tests.plugins.qtypes.blocks import TYPES
+
+SM_COUNT = 132
+PIECE = 2048
+
+
+def of_shape(qtype: str, rows: int, columns: int, count: int = 2) -> tuple[AheadWeight, ...]:
+    tile = tile_geometry(TYPES[qtype].qtype, rows, columns)
+    refs = [
+        WeightRef(role=str(i), layer=0, tensor=f"weight {i}", shape=(rows, columns), row_stop=rows)
+        for i in range(count)
+    ]
+    return weights_ahead(refs, [tile] * count, SM_COUNT)
+
+
+@pytest.mark.parametrize("qtype", ["Q4_K", "Q8_0", "Q5_0", "F16"])
+@pytest.mark.parametrize(("rows", "columns"), [(14336, 4096), (8960, 1536), (4864, 1024), (4300, 1024)])
+def test_what_is_asked_for_lies_in_the_weight_behind_what_rings_ask_for(qtype: str, rows: int, columns: int) -> None:
+    nbytes = tile_geometry(TYPES[qtype].qtype, rows, columns).nbytes
+    asked = of_shape(qtype, rows, columns)
+    assert [weight.weight.tensor for weight in asked] == ["weight 0", "weight 1"]
+    for weight in asked:
+        assert weight.start % 16 == 0
+        assert 0 < weight.pieces * PIECE <= 2 << 20
+        assert weight.start + weight.pieces * PIECE <= nbytes
+        assert abs(weight.start - 2 * 16 * SM_COUNT * nbytes // rows) < 128
+
+
+def test_nothing_is_asked_for_of_weights_that_rings_hold() -> None:
+    assert of_shape("Q8_0", 1536, 576) == ()
+
+
+def test_nothing_is_asked_for_of_three_weights() -> None:
+    assert of_shape("Q4_K", 14336, 4096, count=3) == ()
