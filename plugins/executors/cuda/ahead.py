@@ -27,8 +27,12 @@ _PIECE = 2048
 _MOST_BYTES = 2 << 20
 """Of each weight: 1 to 3 MB were as good for 8B, 4 of 1.5B and of 0.5B were worse than none, for attention waited."""
 
-_ROWS_OF_WARP, _WARPS = 2, 16
-"""What the rings ask for by themselves, about: the first rows of each warp of a multiprocessor."""
+_WARPS = 16
+"""Of a block of products."""
+
+_LONG_ROW = 2048
+"""Bytes of a row from which on two rows of each warp are left to the rings, which ask for about as much by themselves;
+one of shorter rows. 8B takes 51.1 instead of 51.5 us a layer so, 1.5B 18.1 instead of 18.6."""
 
 
 class AheadArgs(ctypes.Structure):
@@ -72,7 +76,9 @@ def weights_ahead(
         return ()
     found = []
     for weight, tile in zip(weights, tiles, strict=True):
-        start = min(tile.nbytes, sm_count * _WARPS * _ROWS_OF_WARP * (tile.nbytes // tile.rows) // 128 * 128)
+        row = tile.nbytes // tile.rows
+        left = 2 if row >= _LONG_ROW else 1
+        start = min(tile.nbytes, sm_count * _WARPS * left * row // 128 * 128)
         pieces = min(_MOST_BYTES, tile.nbytes - start) // _PIECE
         if pieces:
             found.append(AheadWeight(weight=weight, start=start, pieces=pieces))

@@ -14,7 +14,7 @@ from mortice.plugins.executors.cuda.kv_pool import CudaSequence
 from mortice.plugins.executors.cuda.launches import StepRows
 from mortice.plugins.executors.cuda.stream import Stream
 
-__all__ = ["MAX_SEQUENCES", "Row", "RowTable", "alone"]
+__all__ = ["MAX_SEQUENCES", "Row", "RowTable", "one_row_each"]
 
 MAX_SEQUENCES = 32
 """Sequences that may be open at once."""
@@ -23,7 +23,7 @@ Row = tuple[CudaSequence, int, int, bool]
 """(sequence, token id, position, whether logits are wanted)"""
 
 
-def alone(rows: Sequence[Row]) -> bool:
+def one_row_each(rows: Sequence[Row]) -> bool:
     """Whether each row is the only one of its sequence."""
     return len(rows) <= MAX_SEQUENCES and len({row[0].slot for row in rows}) == len(rows)
 

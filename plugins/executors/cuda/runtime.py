@@ -33,7 +33,7 @@ from mortice.plugins.executors.cuda.lowering import Lowering
 from mortice.plugins.executors.cuda.matmul import RowPath
 from mortice.plugins.executors.cuda.module import Launch
 from mortice.plugins.executors.cuda.placing import LOGIT_ROWS
-from mortice.plugins.executors.cuda.rows import MAX_SEQUENCES, Row, RowTable, alone
+from mortice.plugins.executors.cuda.rows import MAX_SEQUENCES, Row, RowTable, one_row_each
 from mortice.plugins.executors.cuda.runtime_memory import RuntimeMemory
 from mortice.plugins.executors.cuda.step_choices import CudaChoice, StepChoices
 from mortice.plugins.executors.cuda.stream import Event, GraphExec, Stream
@@ -180,7 +180,7 @@ class CudaRuntime(PagedRuntime[CudaSequence]):
         if graph:
             self.graph(len(rows), "logits").launch(self.stream)
             return [self._read_logits(len(rows))]
-        self.run_part("body", len(rows), alone=alone(rows))
+        self.run_part("body", len(rows), alone=one_row_each(rows))
         out = []
         for start in range(0, len(wanted), LOGIT_ROWS):
             size = min(LOGIT_ROWS, len(wanted) - start)

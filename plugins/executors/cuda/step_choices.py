@@ -22,7 +22,7 @@ from mortice.plugins.executors.cuda.choosing import TokenChooser
 from mortice.plugins.executors.cuda.kv_pool import CudaSequence
 from mortice.plugins.executors.cuda.lowering import Lowering
 from mortice.plugins.executors.cuda.module import Launch
-from mortice.plugins.executors.cuda.rows import Row, RowTable, alone
+from mortice.plugins.executors.cuda.rows import Row, RowTable, one_row_each
 from mortice.plugins.executors.cuda.stream import Event, GraphExec, Stream
 from mortice.plugins.executors.cuda.tracing import Part
 
@@ -172,7 +172,7 @@ class StepChoices:
             if graph:
                 runtime.graph(len(chunk), "choose").launch(runtime.stream)
             else:
-                runtime.run_part("body", len(chunk), alone=alone(chunk))
+                runtime.run_part("body", len(chunk), alone=one_row_each(chunk))
             if wanted and not graph:
                 runtime.run_part("head", len(wanted))
                 for launch in runtime.choices(len(wanted)):

@@ -16,7 +16,7 @@ from mortice.plugins.executors.cuda.device import Device
 from mortice.plugins.executors.cuda.launches import Queued, Spec
 from mortice.plugins.executors.cuda.lowering import Lowering
 from mortice.plugins.executors.cuda.placing import LOGIT_ROWS
-from mortice.plugins.executors.cuda.rows import Row, RowTable, alone
+from mortice.plugins.executors.cuda.rows import Row, RowTable, one_row_each
 from mortice.plugins.executors.cuda.stream import Stream
 
 __all__ = ["Part", "TracedSteps", "profile", "trace"]
@@ -61,7 +61,7 @@ def profile(runtime: TracedSteps, parts: Sequence[StepPart]) -> list[tuple[str, 
     """
     rows = runtime.begin(parts)[: runtime.lowering.rows]
     wanted = runtime.rows.send(rows, runtime.stream)[:LOGIT_ROWS]
-    times, each_alone = [], alone(rows)
+    times, each_alone = [], one_row_each(rows)
     sizes: tuple[tuple[Part, int], ...] = (("body", len(rows)), ("head", len(wanted)))
     before, after = (runtime.device.new_event(timing=True) for _ in range(2))
     with closing(before), closing(after):
@@ -93,7 +93,7 @@ def trace(
         )
     rows = runtime.begin(parts)
     wanted = runtime.rows.send(rows, runtime.stream)
-    _trace_part(runtime, "body", len(rows), see, each_alone=alone(rows))
+    _trace_part(runtime, "body", len(rows), see, each_alone=one_row_each(rows))
     pieces: dict[Buffer, list[NDArray[np.float32]]] = {}
     for start in range(0, len(wanted), LOGIT_ROWS):
         chosen = wanted[start : start + LOGIT_ROWS]

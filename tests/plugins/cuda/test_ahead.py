@@ -32,11 +32,18 @@ def test_what_is_asked_for_lies_in_the_weight_behind_what_rings_ask_for(qtype: s
         assert weight.start % 16 == 0
         assert 0 < weight.pieces * PIECE <= 2 << 20
         assert weight.start + weight.pieces * PIECE <= nbytes
-        assert abs(weight.start - 2 * 16 * SM_COUNT * nbytes // rows) < 128
+        rows_of_warp = 2 if nbytes // rows >= 2048 else 1
+        assert abs(weight.start - rows_of_warp * 16 * SM_COUNT * nbytes // rows) < 128
 
 
 def test_nothing_is_asked_for_of_weights_that_rings_hold() -> None:
     assert of_shape("Q8_0", 1536, 576) == ()
+
+
+def test_long_rows_leave_the_rings_two_rows_of_a_warp_and_short_ones_leave_one() -> None:
+    long, short = of_shape("Q4_K", 14336, 4096)[0], of_shape("Q4_K", 8960, 1536)[0]
+    assert abs(long.start - 2 * 16 * SM_COUNT * 2304) < 128
+    assert abs(short.start - 16 * SM_COUNT * 864) < 128
 
 
 def test_nothing_is_asked_for_of_three_weights() -> None:
