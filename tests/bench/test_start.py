@@ -8,13 +8,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from mortice.core.synth.model import synth_model, write_model
 from tests.support.cuda import needs_gpu, needs_nvrtc
 
 pytestmark = [pytest.mark.gpu, needs_gpu, needs_nvrtc]
@@ -31,16 +29,6 @@ with prepare(config) as pipeline:
     pipeline.preload()
     print(time.perf_counter() - started - pipeline.upload_seconds)
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """8 billion parameters, 4.9 GB, just written and so in the page cache."""
-    path = tmp_path_factory.mktemp("start") / "model.gguf"
-    with synth_model("Llama-3.1-8B", "Q4_K_M") as file:
-        write_model(file, path)
-    yield path
-    path.unlink()
 
 
 def seconds(model: Path, cache: Path) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,21 +13,10 @@ from mortice.core.errors import UnsupportedError
 from mortice.core.model.residency import ResidentWeights
 from mortice.core.pipeline import Pipeline, prepare
 from mortice.core.plugin.interfaces import Prepares
-from mortice.core.synth.model import synth_model, write_model
 from mortice.plugins.uploads.device import mortice_upload_strategies
 from tests.support.cuda import needs_gpu, needs_nvrtc
 
 pytestmark = [pytest.mark.gpu, needs_gpu, needs_nvrtc]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """8 billion parameters, 4.9 GB, just written and so in the page cache."""
-    path = tmp_path_factory.mktemp("upload") / "model.gguf"
-    with synth_model("Llama-3.1-8B", "Q4_K_M") as file:
-        write_model(file, path)
-    yield path
-    path.unlink()
 
 
 def once(pipeline: Pipeline, resident: ResidentWeights) -> int:
