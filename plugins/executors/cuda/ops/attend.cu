@@ -50,8 +50,20 @@ struct Shared {
 };
 static_assert(sizeof(Shared) + kBytes <= kMostShared, "a block's shared memory fits");
 
+// A lane's part of the norm's weight for a head of the group: queries first, then K.
+struct HeadNorm {
+    static constexpr int kEach = HEAD_NORM == kNoNorm ? 0 : ceil_div(HEAD_DIM, kWarp);
+    float weight[kEach > 0 ? kEach : 1];
+    __device__ __forceinline__ void load(const AttendArgs& args, int row) {
+        const float* norm = row < GROUP ? args.q_norm : args.k_norm;
+#pragma unroll
+        for (int n = 0; n < kEach; ++n) weight[n] = norm[min(static_cast<int>(threadIdx.x) % kWarp + n * kWarp, HEAD_DIM - 1)];
+    }
+};
+
 // A head of Q or K, or V's: to shared memory as attention uses it. A warp takes one.
-__device__ __forceinline__ void bring_head(const float* from, const float* norm, float eps, const float2* turns, bool is_value, float* to) {
+__device__ __forceinline__ void bring_head(const float* from, const HeadNorm& norm, float eps, const float2* turns, bool is_value,
+                                           float* to) {
     const int lane = threadIdx.x % kWarp;
     for (int i = lane; i < HEAD_DIM; i += kWarp) to[i] = from[i];
     __syncwarp();
@@ -64,7 +76,11 @@ __device__ __forceinline__ void bring_head(const float* from, const float* norm,
         }
         for (int i = lane; i < HEAD_DIM; i += kWarp) squares += (to[i] - mean) * (to[i] - mean);
         const float inverse = rsqrtf(lanes_sum(squares) / HEAD_DIM + eps);
-        for (int i = lane; i < HEAD_DIM; i += kWarp) to[i] = (to[i] - mean) * inverse * norm[i];
+#pragma unroll
+        for (int n = 0; n < HeadNorm::kEach; ++n) {
+            const int i = lane + n * kWarp;
+            if (i < HEAD_DIM) to[i] = (to[i] - mean) * inverse * norm.weight[n];
+        }
         __syncwarp();
     }
     for (int pair = lane; pair < kPairs; pair += kWarp) {
@@ -78,16 +94,18 @@ __device__ __forceinline__ void bring_head(const float* from, const float* norm,
 }
 
 // The queries of the group and, where this block brings them, K and V of the step's own token, which go to `page` of the
-// cache: to shared memory.
-__device__ __forceinline__ void bring(const AttendArgs& args, int token, int head, int position, int page, bool brings, Shared& shared) {
-    const int lane = threadIdx.x % kWarp;
+// cache: to shared memory. `norm` is that of the first head that the warp takes, read beforehand.
+__device__ __forceinline__ void bring(const AttendArgs& args, int token, int head, int position, int page, bool brings, HeadNorm norm,
+                                      Shared& shared) {
+    const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp;
 #pragma unroll 1
-    for (int row = threadIdx.x / kWarp; row < GROUP + 2 * brings; row += kWarps) {
+    for (int row = first; row < GROUP + 2 * brings; row += kWarps) {
+        if (row != first) norm.load(args, row);
         const bool is_query = row < GROUP, is_value = row == GROUP + 1;
         float* brought = shared.heads.rows[row];
         const float* source = is_query ? args.q + ((token * KV_HEADS + head) * GROUP + row) * HEAD_DIM
                                        : (is_value ? args.v : args.k) + (token * KV_HEADS + head) * HEAD_DIM;
-        bring_head(source, is_query ? args.q_norm : args.k_norm, is_query ? args.q_eps : args.k_eps, shared.turns, is_value, brought);
+        bring_head(source, norm, is_query ? args.q_eps : args.k_eps, shared.turns, is_value, brought);
         if (!is_query) {
             const auto cached = kv_row(is_value ? args.values : args.keys, page, position % kPageTokens, head, KV_HEADS, HEAD_DIM);
             for (int i = lane; i < HEAD_DIM; i += kWarp) brought[i] = kv_store(cached, i, brought[i]);
@@ -225,6 +243,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) attend(const __g
     for (int pair = threadIdx.x; pair < kPairs; pair += kThreads) {
         shared.turns[pair] = rope_turn(position, args.frequencies[pair], args.magnitude);
     }
+    HeadNorm norm;
+    norm.load(args, threadIdx.x / kWarp);
     __syncthreads();
     wait_for_previous_kernel();
 
@@ -232,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) attend(const __g
     const RunSums<HEAD_DIM> left = RunSums<HEAD_DIM>{args.partial, args.splits, KV_HEADS * GROUP * HEAD_DIM}.of_row(token);
     float* out = args.out + (token * KV_HEADS * GROUP + heads) * HEAD_DIM;
     float* sums = reinterpret_cast<float*>(memory + kSumsStart);
-    bring(args, token, head, position, own_page, run.brings, shared);
+    bring(args, token, head, position, own_page, run.brings, norm, shared);
     __syncthreads();
     attend_to(args, pages, head, run, stages, shared, sums);
     __syncthreads();

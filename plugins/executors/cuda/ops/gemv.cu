@@ -111,19 +111,37 @@ __device__ __forceinline__ void product(Work& work, int segment, int group, floa
     }
 }
 
+// What is added to the products of a row group, valid in the lanes that store them. It comes from the L2 cache or from
+// memory: of one token it is asked for before the products are made; several need the registers.
+struct Added {
+    float bias = 0.f, residual[TOKENS] = {};
+};
+constexpr bool kAddedEarly = TOKENS == 1;
+
 template <class S>
-__device__ __forceinline__ void finish(const SegmentArgs& args, int group, const float* sums) {
+__device__ __forceinline__ Added load_added(const SegmentArgs& args, int group) {
+    Added added;
+    const int lane = threadIdx.x % kWarp, row = group * S::T::kRows + lane / S::T::kRowLanes;
+    if (lane % S::T::kRowLanes != 0) return added;
+    if (args.bias != nullptr) added.bias = args.bias[row];
+    if (args.residual == nullptr) return added;
+#pragma unroll
+    for (int token = 0; token < TOKENS; ++token) {
+        added.residual[token] = args.residual[static_cast<size_t>(blockIdx.y * TOKENS + token) * S::kRows + row];
+    }
+    return added;
+}
+
+template <class S>
+__device__ __forceinline__ void finish(const SegmentArgs& args, int group, const float* sums, const Added& added) {
     const int lane = threadIdx.x % kWarp;
     if (lane % S::T::kRowLanes != 0) return;
     const int row = group * S::T::kRows + lane / S::T::kRowLanes;
-    const float bias = args.bias == nullptr ? 0.f : args.bias[row];
 #pragma unroll
     for (int token = 0; token < TOKENS; ++token) {
-        const size_t at = static_cast<size_t>(blockIdx.y * TOKENS + token) * S::kRows + row;
-        float value = sums[token] + bias;
+        float value = sums[token] + added.bias;
         if constexpr (!GATED && ACTIVATION != kIdentity) value = activate<ACTIVATION>(value);
-        if (args.residual != nullptr) value += args.residual[at];
-        args.out[at] = value;
+        args.out[static_cast<size_t>(blockIdx.y * TOKENS + token) * S::kRows + row] = value + added.residual[token];
     }
 }
 
@@ -132,8 +150,11 @@ template <int kIndex, class S, class... Rest>
 __device__ __forceinline__ void run_unit(Work& work, int unit) {
     if (unit < S::kGroups) {
         float sums[TOKENS];
+        Added added;
+        if constexpr (kAddedEarly) added = load_added<S>(work.args.segments[kIndex], unit);
         product<S>(work, kIndex, unit, sums);
-        finish<S>(work.args.segments[kIndex], unit, sums);
+        if constexpr (!kAddedEarly) added = load_added<S>(work.args.segments[kIndex], unit);
+        finish<S>(work.args.segments[kIndex], unit, sums, added);
         return;
     }
     if constexpr (sizeof...(Rest) > 0) run_unit<kIndex + 1, Rest...>(work, unit - S::kGroups);
@@ -178,8 +199,8 @@ __device__ __forceinline__ void run_gated(Work& work, int unit) {
     for (int token = 0; token < TOKENS; ++token) gate[token] = activate<ACTIVATION>(gate[token] + gate_bias) * (up[token] + up_bias);
     SegmentArgs store = first;
     store.bias = nullptr;
-    if constexpr (kGateIsTaller) finish<Gate>(store, unit, gate);
-    else finish<Up>(store, unit, gate);
+    if constexpr (kGateIsTaller) finish<Gate>(store, unit, gate, load_added<Gate>(store, unit));
+    else finish<Up>(store, unit, gate, load_added<Up>(store, unit));
 }
 
 template <class Gate, class Up>
