@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -317,6 +318,7 @@ def fit_report(
 
     """
     available = device.free_bytes if available_bytes is None else min(available_bytes, device.free_bytes)
+    workspace_bytes = cache(workspace_bytes)  # a context is asked for as often as numbers of KV tokens are tried
 
     def total(context: int, kv_tokens: int = 0) -> int:
         return plan.arena_bytes + kv_bytes(max(context, kv_tokens)) + workspace_bytes(context)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from attrs import frozen
 
 from mortice.core.errors import TokenizerError
@@ -106,9 +107,9 @@ def _symbols(vocabulary: Vocabulary) -> tuple[dict[str, int], list[str], dict[st
 
 def _matchable(vocabulary: Vocabulary) -> dict[str, int]:
     """Tokens that plain text may become. Never control tokens: text must not be able to spell one."""
-    hidden = {int(TokenType.CONTROL), int(TokenType.UNKNOWN)}  # plain numbers, for there are many to compare
+    types = np.array(vocabulary.types, np.int8)
     ids = dict(vocabulary.ids)
-    for token in [token for token, kind in enumerate(vocabulary.types) if kind in hidden]:
+    for token in np.flatnonzero((types == TokenType.CONTROL) | (types == TokenType.UNKNOWN)).tolist():
         ids.pop(vocabulary.tokens[token], None)
     return ids
 
@@ -142,16 +143,22 @@ def _pairs(merges: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _merge_fault(merges: Iterable[str], ids: Mapping[str, int]) -> str | None:
-    for i, merge in enumerate(merges):
-        rest, space, right = merge[1:].partition(" ")
-        left = merge[:1] + rest
-        if not space or not right:
-            return f"{PREFIX}merges: entry {i} is {merge!r}, wanted two tokens with a space between"
-        for text in (left, right, left + right):
-            if text not in ids:
-                pair = f"{left!r} + {right!r}"
-                return f"{PREFIX}merges: entry {i} ({pair}) needs {text!r}, which is no token of plain text"
+    for i, merge in enumerate(merges):  # some hundred thousand
+        left, _, right = merge.partition(" ")
+        if not (left and right and left in ids and right in ids and left + right in ids):
+            fault = _fault_of(merge, ids)
+            if fault is not None:
+                return f"{PREFIX}merges: entry {i} {fault}"
     return None
+
+
+def _fault_of(merge: str, ids: Mapping[str, int]) -> str | None:
+    rest, space, right = merge[1:].partition(" ")  # parted as in `_pairs`
+    left = merge[:1] + rest
+    if not space or not right:
+        return f"is {merge!r}, wanted two tokens with a space between"
+    missing = next((text for text in (left, right, left + right) if text not in ids), None)
+    return None if missing is None else f"({left!r} + {right!r}) needs {missing!r}, which is no token of plain text"
 
 
 def _show_spaces(text: str) -> str:

@@ -12,9 +12,10 @@ from attrs import frozen
 from mortice.core.errors import DeviceError
 from mortice.plugins.executors.cuda.errors import CudaError, unusable
 
-__all__ = ["Driver", "import_bindings", "is_driver_installed", "load_driver", "result_error"]
+__all__ = ["Driver", "begin_driver", "import_bindings", "is_driver_installed", "load_driver", "result_error"]
 
-_NO_DRIVER = "no NVIDIA driver (libcuda.so.1 was not found)"
+_LIBRARY = "libcuda.so.1"
+_NO_DRIVER = f"no NVIDIA driver ({_LIBRARY} was not found)"
 
 OLDEST_DRIVER = {12: "525", 13: "580"}
 """CUDA major version to the oldest Linux driver that runs it (CUDA release notes, "minor version compatibility")."""
@@ -96,10 +97,15 @@ def load_driver() -> Driver:
 def is_driver_installed() -> bool:
     """Whether the driver's library can be loaded."""
     try:
-        ctypes.CDLL("libcuda.so.1")
+        ctypes.CDLL(_LIBRARY)
     except OSError:
         return False
     return True
+
+
+def begin_driver() -> None:
+    """``cuInit`` without cuda-python, whose import may then go on beside it; `load_driver` says what goes wrong."""
+    ctypes.CDLL(_LIBRARY).cuInit(0)
 
 
 def import_bindings(name: str) -> ModuleType:

@@ -24,7 +24,7 @@ from mortice.core.plugin.interfaces import Emit, QuantizationType, Runtime, Runt
 from mortice.core.plugin.product_times import ProductTime
 from mortice.plugins.executors.cuda.cublas import find_cublas
 from mortice.plugins.executors.cuda.device import Device, open_device
-from mortice.plugins.executors.cuda.driver import import_bindings, is_driver_installed
+from mortice.plugins.executors.cuda.driver import begin_driver, import_bindings, is_driver_installed
 
 if TYPE_CHECKING:  # what only a run needs is imported while its device comes up, see `CudaExecutor.wake`
     from mortice.plugins.executors.cuda.arena import CudaArena
@@ -52,13 +52,14 @@ class CudaExecutor:
 
     def wake(self) -> None:
         if self._device is None and self._waking is None and is_driver_installed():
+            self._waking = _ahead("mortice-cuda", self._bring_up)  # first, for the driver takes longest
             with suppress(DeviceError):  # it is said when the device is asked for
-                import_bindings("driver")  # first and alone: the driver takes longest, and threads that import wait
-            self._waking = _ahead("mortice-cuda", self._bring_up)
+                import_bindings("driver")  # alone: threads that import wait for each other
             _ahead("mortice-cublas", find_cublas)  # a large library; what is found is remembered
             _ahead("mortice-cuda-code", _import_all)
 
     def _bring_up(self) -> None:
+        begin_driver()
         self._device = open_device()
 
     def opened(self) -> Device:

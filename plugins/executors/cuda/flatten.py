@@ -57,14 +57,17 @@ class Headers:
 
     roots: Sequence[Path] = field(converter=_resolved)
     _files: dict[Path, tuple[list[str], list[_Line]]] = field(factory=dict, init=False, repr=False)
+    _real: dict[Path, Path | None] = field(factory=dict, init=False, repr=False)
+    _names: dict[Path, str] = field(factory=dict, init=False, repr=False)
     _found: dict[tuple[Path, str], Path | None] = field(factory=dict, init=False, repr=False)
 
     def name(self, path: Path) -> str:
         """What a file is called, wherever it is installed."""
-        for root in self.roots:
-            if path.is_relative_to(root):
-                return path.relative_to(root).as_posix()
-        return f"{path.parent.name}/{path.name}"
+        known = self._names.get(path)
+        if known is None:
+            root = next((root for root in self.roots if path.is_relative_to(root)), path.parent.parent)
+            known = self._names[path] = path.relative_to(root).as_posix()
+        return known
 
     def lines(self, path: Path) -> tuple[list[str], list[_Line]]:
         """The lines of a file, and those of them that are not passed on as they are."""
@@ -82,17 +85,24 @@ class Headers:
         """The file that an include of a file in `folder` means."""
         key = folder, name
         if key not in self._found:
-            found = next((root / name for root in (folder, *self.roots) if (root / name).is_file()), None)
-            self._found[key] = found.resolve() if found is not None else None
+            places = (self.real(root / name) for root in (folder, *self.roots))
+            self._found[key] = next((path for path in places if path is not None), None)
         return self._found[key]
+
+    def real(self, path: Path) -> Path | None:
+        """What a file is called without links; None where there is none."""
+        if path not in self._real:
+            self._real[path] = path.resolve() if path.is_file() else None
+        return self._real[path]
 
     def flatten(self, source: Path, before: Sequence[Path] = ()) -> str:
         """See the function of that name."""
         work = _Flattener(self)
         for path in [*before, source]:
-            if not path.is_file():
+            real = self.real(path)
+            if real is None:
                 raise CompileError(f"{path}: no such CUDA source")
-            work.file(path.resolve())
+            work.file(real)
         return "\n".join(work.lines) + "\n"
 
 
@@ -118,7 +128,7 @@ def flatten(source: Path, roots: Sequence[Path], *, before: Sequence[Path] = ())
     return Headers(roots).flatten(source, before)
 
 
-@define
+@define(eq=False)
 class _Flattener:
     headers: Headers
     lines: list[str] = field(factory=list)

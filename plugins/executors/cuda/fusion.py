@@ -155,7 +155,7 @@ def fuse(operators: Sequence[Operator], result: Buffer) -> list[Group]:
     return _Fusion(operators, result).run()
 
 
-@define
+@define(eq=False)
 class _Fusion:
     operators: Sequence[Operator]
     result: Buffer

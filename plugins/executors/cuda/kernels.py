@@ -10,12 +10,24 @@ from attrs import evolve, frozen
 from mortice.plugins.executors.cuda.arena import repack_sources
 from mortice.plugins.executors.cuda.build import Build, compile_all
 from mortice.plugins.executors.cuda.cache import KernelCache
-from mortice.plugins.executors.cuda.launches import LaunchSpec, Spec
+from mortice.plugins.executors.cuda.launches import Spec
 from mortice.plugins.executors.cuda.lowering import Lowering
 from mortice.plugins.executors.cuda.matmul import RowPath
 from mortice.plugins.executors.cuda.nvrtc import Compiled, Source
 
 __all__ = ["Kernels", "compile_kernels"]
+
+
+class _Specs(dict[RowPath, tuple[list[Spec], list[Spec]]]):
+    """The launches of a lowering by path, those of each made when a step first goes that way."""
+
+    def __init__(self, lowering: Lowering) -> None:
+        super().__init__()
+        self._lowering = lowering
+
+    def __missing__(self, path: RowPath) -> tuple[list[Spec], list[Spec]]:
+        made = self[path] = self._lowering.launches(path)
+        return made
 
 
 @frozen(eq=False, kw_only=True)
@@ -39,11 +51,6 @@ class Kernels:
     repacks: Mapping[Source, Compiled]
     beside: Mapping[Source, Compiled] = MappingProxyType({})
 
-    @property
-    def launches(self) -> list[LaunchSpec]:
-        """Those of kernels of our own."""
-        return _own(self.specs)
-
 
 def compile_kernels(
     lowering: Lowering, arch: str, *, beside: Set[Source] = frozenset(), known: Kernels | None = None
@@ -61,23 +68,17 @@ def compile_kernels(
         DeviceError: as `compile_all` does.
 
     """
-    specs = {path: lowering.launches(path) for path in lowering.paths}
     choose = lowering.sources.choose(lowering.plan.program.vocab_size)
-    sources = {spec.source for spec in _own(specs)} | {choose}
+    sources = {choose}.union(*map(lowering.kernel_sources, lowering.paths))
     repacks = repack_sources(lowering.plan)
     had = {**known.build.kernels, **known.repacks, **known.beside} if known is not None else {}
     build = compile_all(sources | repacks | beside, arch, cache=KernelCache(), known=had)
     code = build.kernels
     return Kernels(
         lowering=lowering,
-        specs=specs,
+        specs=_Specs(lowering),
         choose=choose,
         build=evolve(build, kernels={source: code[source] for source in sources}),
         repacks={source: code[source] for source in repacks},
         beside={source: code[source] for source in beside},
     )
-
-
-def _own(specs: Mapping[RowPath, tuple[list[Spec], list[Spec]]]) -> list[LaunchSpec]:
-    every = (spec for body, head in specs.values() for spec in (*body, *head))
-    return [spec for spec in every if isinstance(spec, LaunchSpec)]

@@ -7,7 +7,7 @@ length. Those are read by the kernels from the step's rows on the device.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from attrs import define, evolve, field
@@ -15,6 +15,7 @@ from attrs import define, evolve, field
 from mortice.core.model import operators as op
 from mortice.core.model.operators import Buffer, Operator, WeightRef
 from mortice.core.model.weight_plan import WeightPlan
+from mortice.plugins.executors.cuda.alike import Likeness
 from mortice.plugins.executors.cuda.attend import LeftRuns, attend, attend_fits, attend_tensor, left_runs
 from mortice.plugins.executors.cuda.attend_rows import rows_kernel
 from mortice.plugins.executors.cuda.attend_runs import attend_runs
@@ -29,6 +30,7 @@ from mortice.plugins.executors.cuda.matmul import (
     row_path,
     row_paths,
 )
+from mortice.plugins.executors.cuda.nvrtc import Source
 from mortice.plugins.executors.cuda.placing import (
     LOGIT_ROWS,
     PARTIAL_ROWS,
@@ -84,6 +86,7 @@ class Lowering:
         paths: the ways that the linear maps of a step go, by rising numbers of rows.
         scratch: where products of many rows lie.
         linear: the launches of groups of linear maps.
+        likeness: compares groups.
 
     """
 
@@ -102,6 +105,7 @@ class Lowering:
     paths: tuple[RowPath, ...] = field(init=False)
     scratch: MatmulScratch = field(init=False, repr=False)
     linear: LinearLowering = field(init=False, repr=False)
+    likeness: Likeness = field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         self.groups, self.workspace = place_program(self.plan.program, self.rows)
@@ -115,6 +119,8 @@ class Lowering:
             cublas=self.cublas,
             gemm_from=(gemm_from_rows, *self.other_gemm_from),
         )
+        heads = (i for i, group in enumerate(self.groups) if isinstance(group.operators[0], op.SelectRows))
+        self._head = next(heads, len(self.groups))
         self._planned = {planned.weight: planned for planned in self.plan.weights}
         self._places = {group.attention: group for group in self.groups if isinstance(group, PlaceGroup)}
         self._read_by_linears = {group.attention for group in self.groups if isinstance(group, LinearGroup)}
@@ -131,9 +137,15 @@ class Lowering:
             bulk_copies=self.bulk_copies,
             ring_rows=self.crossovers.ring_rows,
         )
+        self.likeness = Likeness(lambda weight: self._planned[weight].tensor.qtype.name)
+        self._each_kind = list(self.likeness.first_of_each(map(self._neighbourhood, range(len(self.groups)))))
         self.paths += tuple(evolve(path, alone=True) for path in self.paths if self._has_alone(path))
 
     _linears: dict[tuple[int, RowPath], list[Spec]] = field(factory=dict, init=False, repr=False)
+    _head: int = field(init=False, repr=False)
+    """The first group of the head."""
+    _each_kind: Sequence[int] = field(init=False, repr=False)
+    """Of groups that are lowered alike the first."""
     _planned: dict[WeightRef, Any] = field(init=False, repr=False)
     _places: dict[Operator, PlaceGroup] = field(init=False, repr=False)
     _singles: SingleLowering = field(init=False, repr=False)
@@ -150,33 +162,49 @@ class Lowering:
 
     def launches(self, path: RowPath) -> tuple[list[Spec], list[Spec]]:
         """What the body and the head queue when a step goes by `path`; no head for ways only longer steps go."""
-        body: list[Spec] = []
-        head: list[Spec] = []
-        target = body
-        has_head = path.least <= LOGIT_ROWS
-        for i, group in enumerate(self.groups):
-            if isinstance(group, SingleGroup) and isinstance(group.operator, op.SelectRows):
-                if not has_head:
-                    break
-                target = head
-            if isinstance(group, LinearGroup):
-                around = (self.groups[i - 1] if i else None, self.groups[i + 1] if i + 1 < len(self.groups) else None)
-                before, after = (other if isinstance(other, LinearGroup) else None for other in around)
-                maps = evolve(path, alone=False)
-                if (i, maps) not in self._linears:  # ways that differ in attention alone have them in common
-                    left = self._left(group.attention, maps)
-                    self._linears[i, maps] = self.linear.launches(group, maps, before, after, left)
-                target += self._linears[i, maps]
-            else:
-                target += self._others(group, path, self.groups[i + 1 : i + 3])
-        return body, head
+        groups = range(self._end(path))
+        return self._specs(groups[: self._head], path), self._specs(groups[self._head :], path)
 
-    def _others(self, group: SingleGroup | PlaceGroup, path: RowPath, after: Sequence[Group]) -> list[Spec]:
+    def kernel_sources(self, path: RowPath) -> set[Source]:
+        """The sources of `launches`, which need not be made for it: layers are alike."""
+        each_kind = [i for i in self._each_kind if i < self._end(path)]
+        return {spec.source for spec in self._specs(each_kind, path) if isinstance(spec, LaunchSpec)}
+
+    def _end(self, path: RowPath) -> int:
+        """Past the last group of a step that goes by `path`."""
+        return len(self.groups) if path.least <= LOGIT_ROWS else self._head
+
+    def _specs(self, groups: Iterable[int], path: RowPath) -> list[Spec]:
+        return [spec for i in groups for spec in self._lowered(i, path)]
+
+    def _lowered(self, i: int, path: RowPath) -> list[Spec]:
+        """The launches of a group; it is lowered with what `_neighbourhood` has, and nothing else."""
+        before, group, after, next_but_one, _ = self._neighbourhood(i)
+        if not isinstance(group, LinearGroup):
+            return self._others(group, path, next_but_one)
+        maps = evolve(path, alone=False) if path.alone else path
+        if (i, maps) not in self._linears:  # ways that differ in attention alone have them in common
+            before, after = (other if isinstance(other, LinearGroup) else None for other in (before, after))
+            left = self._left(group.attention, maps)
+            self._linears[i, maps] = self.linear.launches(group, maps, before, after, left)
+        return self._linears[i, maps]
+
+    def _neighbourhood(self, i: int) -> tuple[Group | None, Group, Group | None, Group | None, PlaceGroup | None]:
+        """The group before, the group, the two after it, and what its attention may be one launch with."""
+        group = self.groups[i]
+        before, after, next_but_one = (
+            self.groups[at] if 0 <= at < len(self.groups) else None for at in (i - 1, i + 1, i + 2)
+        )
+        attention = group.operator if isinstance(group, SingleGroup) else group.attention
+        place = self._places.get(attention) if isinstance(attention, op.Attention) else None
+        return before, group, after, next_but_one, place
+
+    def _others(self, group: SingleGroup | PlaceGroup, path: RowPath, next_but_one: Group | None) -> list[Spec]:
         place = group if isinstance(group, PlaceGroup) else self._places.get(group.operator)
         if place is not None and self._is_one_launch(place, path):
             if isinstance(group, PlaceGroup):
                 return []
-            return [self._attend(place, path, after)]
+            return [self._attend(place, path, next_but_one)]
         if isinstance(group, PlaceGroup):
             specs: list[Spec] = [self._place(group)]
         elif isinstance(group.operator, op.Attention):
@@ -197,22 +225,22 @@ class Lowering:
 
         Only where all products are by rings, which want all shared memory, too: `ops/matmul.cu` lives on the L1 cache.
         """
-        linears = (group for group in self.groups if isinstance(group, LinearGroup))
+        linears = (group for group in map(self.groups.__getitem__, self._each_kind) if isinstance(group, LinearGroup))
         by_rings = path.kind == "matmul" and all(self.linear.is_by_ring(group, path) for group in linears)
         return by_rings and any(self._attends_alone(place) for place in self._places.values())
 
     def _attends_alone(self, place: PlaceGroup) -> bool:
         return self.bulk_copies and attend_tensor(place.attention, self.kv_type)
 
-    def _attend(self, place: PlaceGroup, path: RowPath, after: Sequence[Group]) -> LaunchSpec:
+    def _attend(self, place: PlaceGroup, path: RowPath, next_but_one: Group | None) -> LaunchSpec:
         attention = place.attention
         left = left_runs(attention) if not path.alone and attention in self._read_by_linears else 0
 
         def splits(rows: int) -> int:
             return self._runs(attention, rows)
 
-        waits = not path.alone and len(after) > 1  # of several rows few blocks have nothing to do but to ask
-        ahead = self.linear.ahead(after[1]) if waits and isinstance(after[1], LinearGroup) else ()
+        # of several rows few blocks have nothing to do but to ask
+        ahead = self.linear.ahead(next_but_one) if not path.alone and isinstance(next_but_one, LinearGroup) else ()
         blocks = self._blocks(attention, path.rows)
         return attend(place, self.sources, self.kv_type, splits, self.sm_count, blocks, left, ahead, self._buffer)
 

@@ -72,7 +72,7 @@ class HostBuffer(_Block):
     @property
     def array(self) -> NDArray[np.uint8]:
         """The bytes, shape (nbytes,), writable. Not to be used after `close`."""
-        return np.ctypeslib.as_array((ctypes.c_uint8 * self.nbytes).from_address(self.address))
+        return np.frombuffer(memoryview((ctypes.c_uint8 * self.nbytes).from_address(self.address)), np.uint8)
 
 
 @define(eq=False, kw_only=True)

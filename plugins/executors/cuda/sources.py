@@ -38,15 +38,15 @@ KV_NAMES: Mapping[str, str] = {"f16": "__half", "f32": "float", "q8_0": "Q8"}
 """The C++ types of `mortice.core.model.kv_types.KV_TYPES`, see ``ops/kv_cache.cuh``."""
 
 
-@frozen
+@frozen(eq=False)
 class KernelSources:
     """Makes sources; `traits` gives the header of a quantisation type by name."""
 
     traits: Mapping[str, Path]
-    _headers: Headers = field(factory=lambda: Headers([OPS]), init=False, eq=False, repr=False)
-    _texts: dict[tuple[str, tuple[str, ...]], str] = field(factory=dict, init=False, eq=False, repr=False)
+    _headers: Headers = field(factory=lambda: Headers([OPS]), init=False, repr=False)
+    _texts: dict[tuple[str, tuple[str, ...]], str] = field(factory=dict, init=False, repr=False)
     """Flattened files, by what was put before them."""
-    _known: dict[tuple[object, ...], Source] = field(factory=dict, init=False, eq=False, repr=False)
+    _known: dict[tuple[object, ...], Source] = field(factory=dict, init=False, repr=False)
     """What was made: a program asks for the same few again and again."""
 
     def gemv(

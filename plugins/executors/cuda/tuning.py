@@ -8,13 +8,13 @@ nothing is needed beyond what `fit` counts.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 from attrs import evolve, field, frozen
 
 from mortice.core.model import operators as op
@@ -52,23 +52,70 @@ _INPUT_BYTE = 0x3C
 _WARM_UPS, _REPEATS = 2, 5
 
 
+Neighbours = tuple[LinearGroup | None, LinearGroup, LinearGroup | None]
+"""A group of linear maps between those right before and after it, if they are such groups, too."""
+
+
+@frozen(eq=False, kw_only=True)
+class Stretch:
+    """Groups of linear maps that follow one another.
+
+    Attributes:
+        groups: all.
+        each_kind: of those that are lowered alike the first.
+
+    """
+
+    groups: Sequence[Neighbours] = ()
+    each_kind: Sequence[Neighbours] = ()
+
+    @classmethod
+    def of(cls, lowering: Lowering, groups: Sequence[Group]) -> Stretch:
+        """The linear maps among groups of a program."""
+        linears = [None, *(group if isinstance(group, LinearGroup) else None for group in groups), None]
+        around = zip(linears, linears[1:], linears[2:], strict=False)
+        found = [(before, group, after) for before, group, after in around if group is not None]
+        return cls(groups=found, each_kind=[found[i] for i in lowering.likeness.first_of_each(found)])
+
+
 @frozen(eq=False, kw_only=True)
 class Sample:
     """What is launched for a way.
 
     Attributes:
-        body: launches of the layers timed.
-        head: launches of the head; none where steps of that many rows have one of their own way.
+        linear: makes the launches.
+        path: the way.
+        layers: what is timed of the body.
+        ending: the head; empty where steps of that many rows have one of their own way.
+        sources: of the kernels.
 
     """
 
-    body: Sequence[Spec]
-    head: Sequence[Spec] = ()
+    linear: LinearLowering = field(repr=False)
+    path: RowPath
+    layers: Stretch = field(repr=False)
+    ending: Stretch = field(repr=False, factory=Stretch)
+    sources: frozenset[Source] = field(init=False, repr=False)
+
+    @sources.default
+    def _of_each_kind(self) -> frozenset[Source]:
+        specs = self._launches([*self.layers.each_kind, *self.ending.each_kind])
+        return frozenset(spec.source for spec in specs if isinstance(spec, LaunchSpec))
 
     @property
-    def sources(self) -> set[Source]:
-        """Of the kernels."""
-        return {spec.source for spec in (*self.body, *self.head) if isinstance(spec, LaunchSpec)}
+    def body(self) -> list[Spec]:
+        """Launches of the layers timed."""
+        return self._launches(self.layers.groups)
+
+    @property
+    def head(self) -> list[Spec]:
+        """Launches of the head."""
+        return self._launches(self.ending.groups)
+
+    def _launches(self, groups: Sequence[Neighbours]) -> list[Spec]:
+        return [
+            spec for before, group, after in groups for spec in self.linear.launches(group, self.path, before, after)
+        ]
 
 
 @frozen(eq=False, kw_only=True)
@@ -111,7 +158,8 @@ def plan_trial(lowering: Lowering) -> Trial | None:
     if sum(sizes) + sum(_bytes(lowering, group) for group in head) < _LEAST_BYTES:
         return None
     window = _window(sizes, _SAMPLE_BYTES)
-    points = [*_ring_points(lowering, body[window], head), *_gemm_points(lowering, body[window])]
+    layers, ending = Stretch.of(lowering, body[window]), Stretch.of(lowering, head)
+    points = [*_ring_points(lowering, layers, ending), *_gemm_points(lowering, layers)]
     timed = sum(sizes[window])
     return Trial(points=points, nbytes=timed, share=timed / sum(sizes)) if points else None
 
@@ -137,7 +185,7 @@ def _window(sizes: Sequence[int], wanted: int) -> slice:
     return slice(start, stop)
 
 
-def _ring_points(lowering: Lowering, body: Sequence[Group], head: Sequence[Group]) -> Iterator[TrialPoint]:
+def _ring_points(lowering: Lowering, layers: Stretch, ending: Stretch) -> Iterator[TrialPoint]:
     """Rings against ``ops/matmul.cu``, for each of its tiles that they can stand in for."""
     paths = row_paths(min(RING_ROWS, lowering.rows), exact=False, cublas=False)
     for path in paths[1:]:
@@ -145,13 +193,13 @@ def _ring_points(lowering: Lowering, body: Sequence[Group], head: Sequence[Group
         ways: tuple[tuple[Way, int], ...] = (("matmul", 0), ("ring", RING_ROWS))
         for way, ring_rows in ways:
             linear = evolve(lowering.linear, ring_rows=ring_rows)
-            head_specs = _launches(linear, head, path) if path.rows <= LOGIT_ROWS else ()
-            samples[way] = Sample(body=_launches(linear, body, path), head=head_specs)
+            own = ending if path.rows <= LOGIT_ROWS else Stretch()
+            samples[way] = Sample(linear=linear, path=path, layers=layers, ending=own)
         if samples["ring"].sources != samples["matmul"].sources:  # the card and some shapes allow it
             yield from _point(lowering, path.least, path.rows, samples)
 
 
-def _gemm_points(lowering: Lowering, body: Sequence[Group]) -> Iterator[TrialPoint]:
+def _gemm_points(lowering: Lowering, layers: Stretch) -> Iterator[TrialPoint]:
     """Products by cuBLAS against as many passes of ``ops/matmul.cu``."""
     if not lowering.cublas:
         return
@@ -159,8 +207,8 @@ def _gemm_points(lowering: Lowering, body: Sequence[Group]) -> Iterator[TrialPoi
     by_matmul = row_path(row_paths(last, exact=False, cublas=False), last)
     by_gemm = row_path(row_paths(last, exact=False, cublas=True, gemm_from_rows=2), last)
     samples: dict[Way, Sample] = {
-        "matmul": Sample(body=_launches(lowering.linear, body, by_matmul)),
-        "gemm": Sample(body=_launches(lowering.linear, body, by_gemm)),
+        "matmul": Sample(linear=lowering.linear, path=by_matmul, layers=layers),
+        "gemm": Sample(linear=lowering.linear, path=by_gemm, layers=layers),
     }
     for least, following in pairwise(GEMM_CANDIDATES):
         yield from _point(lowering, least, following - 1, samples)
@@ -171,15 +219,6 @@ def _point(lowering: Lowering, least: int, most: int, ways: Mapping[Way, Sample]
     rows = (least + most) // 2
     if rows <= lowering.rows:
         yield TrialPoint(least=least, most=most, rows=rows, ways=ways)
-
-
-def _launches(linear: LinearLowering, groups: Sequence[Group], path: RowPath) -> list[Spec]:
-    specs: list[Spec] = []
-    around = [None, *(group if isinstance(group, LinearGroup) else None for group in groups), None]
-    for before, group, after in zip(around, around[1:], around[2:], strict=False):
-        if group is not None:
-            specs += linear.launches(group, path, before, after)
-    return specs
 
 
 # kernels ----------------------------------------------------------------------------------------------------------
@@ -218,9 +257,9 @@ def compile_tuned(lowering: Lowering, device: Device, tuning: Literal["auto", "c
     measured_for["weights"] = str(trial.nbytes)
     file = TunedFile(measured_for=measured_for)
     known = file.read()
-    if known is not None:
+    if known is not None and known != lowering.crossovers:
         return Compilation(kernels=compile_kernels(evolve(lowering, crossovers=known), device.arch))
-    if tuning == "cached":
+    if known is not None or tuning == "cached":
         return Compilation(kernels=compile_kernels(lowering, device.arch))
     return Compilation(kernels=compile_kernels(lowering, device.arch, beside=trial.sources), trial=trial, file=file)
 
@@ -312,7 +351,7 @@ def _time_point(loaded: LoadedKernels, point: TrialPoint, addresses: Addresses, 
                 layers, *head = (after.milliseconds_since(before) / 1000 for before, after in pairwise(passed))
                 if number >= _WARM_UPS:
                     times[way].append(layers / share + sum(head))
-        return {way: statistics.median(found) for way, found in times.items()}
+        return {way: float(np.median(found)) for way, found in times.items()}
 
 
 def _run(loaded: LoadedKernels, specs: Sequence[Spec], rows: int, addresses: Addresses, undo: ExitStack) -> Queued:

@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from attrs import define, field
@@ -21,8 +22,9 @@ from mortice.core.model.weight_plan import ALIGNMENT, Kernel
 from mortice.core.plugin.interfaces import Emit, QuantizationType, RuntimeSettings
 from mortice.core.plugin.kv_pages import PAGE_TOKENS, page_count
 from mortice.plugins.executors.reference.layouts import ExpandedLayout, FileLayout
-from mortice.plugins.executors.reference.ops import SCORE_ELEMENTS
-from mortice.plugins.executors.reference.runtime import ReferenceRuntime, kv_type_of
+
+if TYPE_CHECKING:  # what only a run on the CPU needs
+    from mortice.plugins.executors.reference.runtime import ReferenceRuntime
 
 __all__ = ["HostArena", "ReferenceExecutor"]
 
@@ -85,6 +87,8 @@ class ReferenceExecutor:
         ]
 
     def unsupported(self, program: Program, settings: RuntimeSettings) -> Sequence[str]:
+        from mortice.plugins.executors.reference.runtime import kv_type_of
+
         reasons = [
             f"{operator.name}: no operator {operator.kind!r}"
             for operator in program.operators
@@ -103,6 +107,8 @@ class ReferenceExecutor:
 
         Asking for the logits of every token takes four bytes more for each of them and each vocabulary entry.
         """
+        from mortice.plugins.executors.reference.ops import SCORE_ELEMENTS
+
         rows = min(settings.step_tokens, settings.context_length)
         attentions = [operator for operator in program.operators if isinstance(operator, Attention)]
         heads = max(attention.num_heads for attention in attentions)
@@ -119,6 +125,8 @@ class ReferenceExecutor:
         return "host"
 
     def open(self, model: BoundModel, settings: RuntimeSettings, emit: Emit) -> ReferenceRuntime:
+        from mortice.plugins.executors.reference.runtime import ReferenceRuntime
+
         return ReferenceRuntime(model, settings, emit)
 
 

@@ -19,7 +19,7 @@ __all__ = ["StringArray", "read_numbers", "read_strings"]
 
 _PREFIX = 8  # bytes of the length before each string
 _TOGETHER = 1 << 14  # strings decoded at once by those who want all
-_WINDOW = 1 << 20  # bytes looked through at once for the lengths of strings
+_WINDOW = 1 << 18  # bytes looked through at once for the lengths of strings; what is made of them stays in the cache
 _MOST_STEPS = 4096  # over runs of short strings, or single long ones
 
 

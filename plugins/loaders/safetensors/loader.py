@@ -19,16 +19,16 @@ from mortice.core.model.qtypes import GGML_TYPES
 from mortice.core.model.types import LoadOptions, MetadataValue, ModelFile, TensorView
 from mortice.plugins.loaders.safetensors.config import Hyperparameters, read_config
 from mortice.plugins.loaders.safetensors.files import Json, quoted, read_json
+from mortice.plugins.loaders.safetensors.folder import CONFIG, INDEX, SINGLE, model_folder
 from mortice.plugins.loaders.safetensors.header import Entry, Header, read_header
 from mortice.plugins.loaders.safetensors.names import gguf_name, is_computed, rotated_heads
-from mortice.plugins.loaders.safetensors.shards import INDEX, SINGLE, check_index, weight_files
+from mortice.plugins.loaders.safetensors.shards import check_index, weight_files
 from mortice.plugins.loaders.safetensors.special import SpecialFiles, special_keys, template_keys
 from mortice.plugins.loaders.safetensors.tensors import require_weights, tensor_view
 from mortice.plugins.loaders.safetensors.tokenizer import read_tokenizer
 
 __all__ = ["open_folder"]
 
-_CONFIG = "config.json"
 _TOKENIZER = "tokenizer.json"
 _FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}
 """Values of ``general.file_type`` (``llama_ftype`` in llama.h)."""
@@ -67,11 +67,11 @@ def open_folder(path: Path, options: LoadOptions) -> ModelFile | None:
         ModelFileError: when it is such a folder, and cannot be read, is broken or is of a family that is not read.
 
     """
-    folder = _folder(path)
+    folder = model_folder(path)
     if folder is None:
         return None
     _require_config(folder, path)
-    config = read_json(folder / _CONFIG)
+    config = read_json(folder / CONFIG)
     found = read_config(config)
     special = SpecialFiles.of(folder, config)
     metadata = _metadata(folder, found, special)
@@ -83,7 +83,7 @@ def open_folder(path: Path, options: LoadOptions) -> ModelFile | None:
         notes: list[Finding] = []
         chosen = _chosen(parts, found, folder, options, notes)
         metadata |= _file_type(chosen)
-        tensors = _views(chosen, found, folder / _CONFIG)
+        tensors = _views(chosen, found, folder / CONFIG)
         # Views first: a mapping cannot be closed while they refer to it.
         stack.callback(tensors.clear)
         close = stack.pop_all().close
@@ -95,25 +95,18 @@ def open_folder(path: Path, options: LoadOptions) -> ModelFile | None:
         version="1",  # the format has had one version and does not say it
         metadata=MappingProxyType(metadata),
         tensors=MappingProxyType(tensors),
-        files=(folder / _CONFIG, *index, *paths, *tokenizer, *special.paths),
+        files=(folder / CONFIG, *index, *paths, *tokenizer, *special.paths),
         notes=tuple(notes),
         close=close,
     )
 
 
-def _folder(path: Path) -> Path | None:
-    """The folder that a path stands for."""
-    if path.is_dir():
-        return path if any((path / name).exists() for name in (_CONFIG, SINGLE, INDEX)) else None
-    return path.parent if path.suffix.lower() == ".safetensors" or path.name == INDEX else None
-
-
 def _require_config(folder: Path, path: Path) -> None:
     """Refuse weights without a config in words that tell what a folder has to have."""
-    if (folder / _CONFIG).exists():
+    if (folder / CONFIG).exists():
         return
     weights = path.name if path != folder else SINGLE if (folder / SINGLE).exists() else INDEX
-    raise ModelFileError(folder, f"{_CONFIG} is missing beside {weights}")
+    raise ModelFileError(folder, f"{CONFIG} is missing beside {weights}")
 
 
 def _open_part(path: Path, stack: ExitStack) -> _Part:
@@ -145,8 +138,8 @@ def _chosen(
             heads = rotated_heads(name, found.num_heads, found.num_kv_heads) if found.family.adjacent_rope else 0
             chosen[name] = _Chosen(part, entry, heads)
     if found.tied is False and "output.weight" not in chosen:
-        raise ModelFileError(folder / _CONFIG, "tie_word_embeddings is false, but no tensor 'lm_head.weight' is there")
-    _require_biases(chosen, found, folder / _CONFIG)
+        raise ModelFileError(folder / CONFIG, "tie_word_embeddings is false, but no tensor 'lm_head.weight' is there")
+    _require_biases(chosen, found, folder / CONFIG)
     return chosen
 
 

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from mortice.core.errors import ModelFileError
 from mortice.plugins.loaders.safetensors.files import quoted, read_json
+from mortice.plugins.loaders.safetensors.folder import INDEX, SINGLE
 from mortice.plugins.loaders.safetensors.header import Header
 
-__all__ = ["INDEX", "SINGLE", "check_index", "weight_files"]
+__all__ = ["check_index", "weight_files"]
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 _MAX_FILES = 4096
 
 

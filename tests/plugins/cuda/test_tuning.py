@@ -414,7 +414,8 @@ def start(device: Device, of: Lowering, tuning: Any = "auto") -> tuple[Compilati
     events: list[Event] = []
     compilation = compile_tuned(of, device, tuning)
     found = measured_kernels(device, compilation, cast(Any, model), events.append)
-    needed = {spec.source for path in found.lowering.paths for spec in found.launches}
+    steps = [spec for path in found.lowering.paths for part in found.specs[path] for spec in part]
+    needed = {spec.source for spec in steps if isinstance(spec, LaunchSpec)}
     assert needed <= found.build.kernels.keys()
     assert not found.beside
     return compilation, found.lowering, events

@@ -27,6 +27,7 @@ def opening(monkeypatch: pytest.MonkeyPatch, refusals: list[Exception]) -> list[
         return SimpleNamespace(make_current=lambda: None)
 
     monkeypatch.setattr(executor_module, "open_device", open_device)
+    monkeypatch.setattr(executor_module, "begin_driver", lambda: None)
     monkeypatch.setattr(executor_module, "find_cublas", lambda: None)
     monkeypatch.setattr(executor_module, "is_driver_installed", lambda: True)
     return threads
@@ -41,6 +42,18 @@ def test_a_woken_executor_opens_its_device_once_on_another_thread(monkeypatch: p
         executor.opened()
     assert [thread is threading.current_thread() for thread in threads] == [False]
     assert not threads[0].is_alive()
+
+
+def test_the_driver_begins_while_its_bindings_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    opening(monkeypatch, [])
+    imported = threading.Event()
+    began: list[bool] = []
+    monkeypatch.setattr(executor_module, "import_bindings", lambda _: imported.set())
+    monkeypatch.setattr(executor_module, "begin_driver", lambda: began.append(imported.wait(60)))
+    executor = CudaExecutor()
+    executor.wake()
+    executor.opened()
+    assert began == [True], "the import did not wait for the driver"
 
 
 def test_where_there_is_no_driver_nothing_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +82,8 @@ import sys
 from mortice.core.plugin.registry import make_registry
 make_registry()
 assert "mortice.plugins.executors.cuda.executor" in sys.modules
-for name in ("runtime", "lowering", "arena", "sources", "tuning"):
-    assert f"mortice.plugins.executors.cuda.{name}" not in sys.modules, name
+cuda = [f"cuda.{name}" for name in ("runtime", "lowering", "arena", "sources", "tuning")]
+for name in (*cuda, "reference.runtime", "reference.ops"):
+    assert f"mortice.plugins.executors.{name}" not in sys.modules, name
 """
     subprocess.run([sys.executable, "-c", code], check=True)
