@@ -127,15 +127,17 @@ def give_answer(
         screen.end_stream()
 
 
-def check_prompt(pipeline: Pipeline, prompt_ids: Sequence[int]) -> None:
-    """Refuse a prompt that is empty or fills the context, before anything is uploaded for it."""
+_LONGER = "--context makes it longer where the model allows it"
+
+
+def check_prompt(pipeline: Pipeline, prompt_ids: Sequence[int], advice: str = _LONGER) -> None:
+    """Refuse a prompt that is empty or fills the context, before anything is done for it; `advice` says what helps."""
     if not prompt_ids:
         raise InputError("prompt: found no tokens, wanted at least one")
     context = pipeline.settings.context_length
     if len(prompt_ids) >= context:
         raise ConfigError(
-            f"prompt: found {len(prompt_ids)} tokens, wanted fewer than the context's {context}; "
-            "--context makes it longer where the model allows it"
+            f"prompt: found {len(prompt_ids)} tokens, wanted fewer than the context's {context}; {advice}"
         )
 
 

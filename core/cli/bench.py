@@ -16,6 +16,7 @@ from mortice.core.cli.flags import (
     FileFlags,
     OutputFlags,
     PluginFlags,
+    counts,
     settings,
 )
 from mortice.core.cli.render import Screen
@@ -29,18 +30,13 @@ if TYPE_CHECKING:
 __all__ = ["bench"]
 
 
-def _counts(_: Any, tokens: Sequence[Any]) -> tuple[int, ...]:
-    """Numbers separated by commas, of one flag or of several."""
-    return tuple(int(part) for token in tokens for part in token.value.split(","))
-
-
 def _names(_: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
     """Names separated by commas, of one flag or of several."""
     return tuple(part for token in tokens for part in token.value.split(","))
 
 
 def _list(name: str, long_name: str, help_text: str) -> Parameter:
-    return Parameter(name=(name, long_name), help=help_text, converter=_counts, negative=(), n_tokens=1)
+    return Parameter(name=(name, long_name), help=help_text, converter=counts, negative=(), n_tokens=1)
 
 
 def bench(

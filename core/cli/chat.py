@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from attrs import define, field
 
-from mortice.core.cli.answer import Answer, give_answer, require_stdin
+from mortice.core.cli.answer import Answer, check_prompt, give_answer, require_stdin
 from mortice.core.cli.flags import (
     ConfigFlags,
     ConfigOrModel,
@@ -23,6 +23,7 @@ from mortice.core.cli.flags import (
 from mortice.core.cli.render import Screen
 from mortice.core.cli.stages import note_model, planned, resident
 from mortice.core.errors import InputError
+from mortice.core.text_file import require_utf8
 
 if TYPE_CHECKING:
     from mortice.core.pipeline import Pipeline
@@ -95,11 +96,13 @@ class _Talk:
     def loop(self) -> None:
         """Until /exit or the end of the input; Ctrl-C at the prompt goes through."""
         interactive = sys.stdin.isatty()
-        while (line := _read_line(interactive=interactive)) not in (None, "/exit"):
-            if not line:
-                continue
+        while True:
             try:
-                self._handle(line)
+                line = _read_line(interactive=interactive)
+                if line is None or line == "/exit":
+                    return
+                if line:
+                    self._handle(line)
             except InputError as error:
                 # a person can try something else; a script has to be told
                 if not interactive:
@@ -126,6 +129,7 @@ class _Talk:
         system = [] if self.system is None else [Message(role="system", content=self.system)]
         try:
             ids = encode_chat(self.pipeline.tokenizer, self.template, [*system, *self.turns])
+            check_prompt(self.pipeline, ids, "/reset forgets the conversation")
             answer = Answer(prompt_tokens=len(ids))
             try:
                 give_answer(self.screen, self.session, ids, self.sampling, self.pipeline.config.generation, answer)
@@ -155,6 +159,9 @@ def _read_line(*, interactive: bool) -> str | None:
         print("> ", end="", file=sys.stderr, flush=True)
     try:
         line = sys.stdin.readline()
+        require_utf8(line)  # in the C locale Python hands other bytes on as surrogates
     except UnicodeDecodeError as error:
+        raise InputError(f"standard input: not UTF-8 at byte {error.start}") from None
+    except ValueError as error:
         raise InputError(f"standard input: {error}") from None
     return line.strip() if line else None

@@ -21,9 +21,9 @@ from mortice.core.cli.flags import (
     settings,
 )
 from mortice.core.cli.render import Screen, json_text
-from mortice.core.cli.written_files import ForceFlag
+from mortice.core.cli.written_files import ForceFlag, require_writable, write_text
 from mortice.core.config_keys import config_keys
-from mortice.core.errors import ConfigError, MorticeError
+from mortice.core.errors import MorticeError
 
 if TYPE_CHECKING:
     from mortice.core.config import RunConfig
@@ -46,13 +46,8 @@ def init(
     if file is None:
         print(text, end="")
         return 0
-    try:
-        with file.open("w" if force else "x", encoding="utf-8") as stream:
-            stream.write(text)
-    except FileExistsError:
-        raise ConfigError(f"{file}: is there already; --force overwrites it") from None
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be written: {error.strerror}") from None
+    require_writable("", file, force=force)
+    write_text(file, text)
     Screen(quiet=talk is not None and talk.quiet).note(
         f"wrote {file}; set model.path and prompt.text in it, or pass --model and --prompt: mortice run {file}"
     )

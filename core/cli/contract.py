@@ -10,8 +10,8 @@ from cyclopts import Parameter
 
 from mortice.core.cli.flags import CommonFlags, ModelPath
 from mortice.core.cli.render import Screen, printable
-from mortice.core.cli.written_files import ForceFlag, require_writable
-from mortice.core.errors import ConfigError, ContractError, ExecutionError
+from mortice.core.cli.written_files import ForceFlag, require_writable, write_text
+from mortice.core.errors import ConfigError, ContractError
 
 if TYPE_CHECKING:
     from mortice.arch_contracts.vocabulary import Contract
@@ -75,10 +75,12 @@ def derive(
     common = common or CommonFlags()
     screen = common.screen()
     if to is not None:
-        require_writable("--output", to, force=force, inputs=[file])
+        require_writable("--output", to, force=force, inputs=[file, common.config, _path_of(like)])
     registry = _registry(common)
     alike = _contract(registry, like, "--like") if like is not None else None
     with open_file(registry, file) as opened:
+        if to is not None:
+            require_writable("--output", to, force=force, inputs=opened.files)
         draft = derive_contract(opened, name=name, like=alike)
     if measure:
         draft = measure_draft(draft, file, registry, screen.note)
@@ -86,7 +88,7 @@ def derive(
     if to is None:
         screen.say(text.removesuffix("\n"))
     else:
-        _write(to, text)
+        write_text(to, text)
     screen.result({"contract": text, "unknown": dict(draft.unknown), "remarks": list(draft.remarks)})
     _note_open(screen, draft, text)
     return 0
@@ -174,7 +176,7 @@ def show(
     if file is not None and sizes is not None:
         raise ConfigError("--file and --sizes: found both, wanted one")
     if picture is not None:
-        require_writable("--picture", picture, force=force, inputs=[] if file is None else [file])
+        require_writable("--picture", picture, force=force, inputs=[file, common.config, _path_of(contract)])
     registry = _registry(common)
     program = _program(registry, _contract(registry, contract), file, sizes)
     screen.say(program_listing(program))
@@ -199,7 +201,7 @@ def show(
         }
     )
     if picture is not None:
-        _write(picture, program_picture(program))
+        write_text(picture, program_picture(program))
         screen.note(f"{picture}: drawn")
     return 0
 
@@ -248,16 +250,14 @@ def _contract(registry: Registry, name: str, flag: str = "") -> Contract:
     raise ContractError(f"{where}no contract {name!r} is registered, and no file has this name; have {have}")
 
 
+def _path_of(name: str | None) -> Path | None:
+    """The file that a contract's name may stand for."""
+    return Path(name) if name else None
+
+
 def _served(registry: Registry) -> dict[tuple[str, str], tuple[Contract, list[str]]]:
     """The contracts and the architectures they serve, by plugin and name."""
     served: dict[tuple[str, str], tuple[Contract, list[str]]] = {}
     for architecture, given in registry.contracts.items():
         served.setdefault((given.plugin, given.value.name), (given.value, []))[1].append(architecture)
     return served
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ExecutionError(f"{path}: cannot be written: {error.strerror or error}") from None

@@ -41,6 +41,7 @@ __all__ = [
     "SystemFlag",
     "TalkFlags",
     "config_or_model",
+    "counts",
     "settings",
     "source_of",
 ]
@@ -51,6 +52,18 @@ def _path(_: Any, tokens: Sequence[Any]) -> Path:
     if not text:  # Path would make it the working directory
         raise ValueError("found '', wanted a path")
     return Path(text)
+
+
+def counts(_: Any, tokens: Sequence[Any]) -> tuple[int, ...]:
+    """Numbers separated by commas, of one flag or of several: a converter of a parameter."""
+    return tuple(_count(part) for token in tokens for part in token.value.split(","))
+
+
+def _count(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"found {text!r:.40}, wanted integers separated by commas") from None
 
 
 ConfigFile = Annotated[

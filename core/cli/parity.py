@@ -6,15 +6,16 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from attrs import evolve
 from cyclopts import Parameter
 
-from mortice.core.cli.flags import CommonFlags, ExecutorFlags, FileFlags, ModelPath
+from mortice.core.cli.flags import CommonFlags, ExecutorFlags, FileFlags, ModelPath, counts
 from mortice.core.cli.render import Screen
 from mortice.core.cli.written_files import ForceFlag, require_writable
 from mortice.core.errors import ConfigError, InputError, UnsupportedError
+from mortice.core.text_file import read_small_text
 
 if TYPE_CHECKING:
     from mortice.core.config import RunConfig
@@ -26,11 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["parity"]
 
 _NEEDS_TWO = "parity compares two executors: run it where both have a device, or choose others (--executor, --against)"
-
-
-def _ids(_: Any, tokens: Sequence[Any]) -> tuple[int, ...]:
-    """Numbers separated by commas, of one flag or of several."""
-    return tuple(int(part) for token in tokens for part in token.value.split(","))
 
 
 def parity(
@@ -45,7 +41,7 @@ def parity(
         tuple[int, ...],
         Parameter(
             help="Token ids to feed, separated by commas, for files without a tokenizer.",
-            converter=_ids,
+            converter=counts,
             negative=(),
             n_tokens=1,
             show_default=False,
@@ -76,14 +72,19 @@ def parity(
     common = common or CommonFlags()
     if text is not None and token_ids:
         raise ConfigError("--text and --token-ids: found both, wanted one")
-    if heatmap is not None:
-        require_writable("--heatmap", heatmap, force=force, inputs=[model])
-        load_matplotlib()  # a missing package is better known before than after
+    if tokens < 1:
+        raise ConfigError(f"--tokens: found {tokens}, wanted at least 1")
     screen = common.screen()
     chosen = common.settings(contract, executor).config
+    if heatmap is not None:
+        inputs = [model, text, common.config, chosen.model.contract]
+        require_writable("--heatmap", heatmap, force=force, inputs=inputs)
+        load_matplotlib()  # a missing package is better known before than after
     chosen = evolve(chosen, model=evolve(chosen.model, path=model))
     with ExitStack() as stack:
         oracle, tested = _open_both(stack, chosen, against, tokens, screen)
+        if heatmap is not None:
+            require_writable("--heatmap", heatmap, force=force, inputs=oracle.model.file.files)
         ids, source = _tokens(oracle, text, token_ids, tokens)
         report = compare(
             oracle,
@@ -152,11 +153,7 @@ def _tokens(pipeline: Pipeline, text: Path | None, token_ids: Sequence[int], mos
         raise InputError(f"{pipeline.model.file.path}: the file has no tokenizer; give --token-ids")
     if text is None:
         return pipeline.encode(TEXT)[:most], "mortice's own text"
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{text}: cannot be read: {error}") from None
-    return pipeline.encode(content)[:most], str(text)
+    return pipeline.encode(read_small_text(text, InputError))[:most], str(text)
 
 
 # what is printed -------------------------------------------------------------------------------------------------

@@ -81,16 +81,16 @@ def run(
     screen = Screen(json=talk.json, quiet=talk.quiet)
     config, model = config_or_model(config, model)
     chosen = settings(config, model, prompt, generation, executor, plugins, any_key).config
+    inputs = [config, chosen.model.path, chosen.model.contract]
     if jsonl is not None:
         _require_alone(prompt, record, talk)
         _require_given(chosen, prompt=False)
-        return run_many(screen, chosen, jsonl, output, force=force)
+        return run_many(screen, chosen, jsonl, output, inputs, force=force)
     if output is not None:
         raise ConfigError("--output: only the results of --jsonl go to a file; pass --jsonl too, or leave it out")
     _require_given(chosen)
     if record is not None:
-        assert chosen.model.path is not None, "it has been checked"
-        require_writable("--record", record, force=force, inputs=[chosen.model.path])
+        require_writable("--record", record, force=force, inputs=inputs)
     text = _prompt_text(chosen.prompt)
     sampling = chosen.sampling.seeded()
     chosen = evolve(chosen, prompt=evolve(chosen.prompt, text=text), sampling=sampling)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
@@ -42,18 +44,27 @@ class _Line:
     options: dict[str, Any]
 
 
-def run_many(screen: Screen, config: RunConfig, source: Path, output: Path | None, *, force: bool = False) -> int:
+def run_many(
+    screen: Screen,
+    config: RunConfig,
+    source: Path,
+    output: Path | None,
+    inputs: Iterable[Path | None] = (),
+    *,
+    force: bool = False,
+) -> int:
     """Answer the prompts of `source`, ``-`` for standard input; 1 when one of them failed on the way.
 
-    `output` is overwritten only with `force`.
+    `output` is overwritten only with `force`, and never where it is `source` or one of `inputs`, files that are read.
     """
     from mortice.core.batch import finished_results
 
     require_chat(config.prompt)
-    _require_output(source, output, force=force)
+    _require_output(output, [source, *inputs], force=force)
     lines = _read_lines(source)
     with planned(screen, config) as pipeline:
         note_model(screen, pipeline)
+        _require_output(output, pipeline.model.file.files, force=force)
         pipeline.fit.require()
         requests = _requests(pipeline, config, source, lines)
         with _opened(output) as stream:
@@ -71,18 +82,20 @@ def run_many(screen: Screen, config: RunConfig, source: Path, output: Path | Non
     return 1 if failed else 0
 
 
-def _require_output(source: Path, output: Path | None, *, force: bool) -> None:
-    """Refuse an output that could not be written, or that would overwrite the prompts, before all the work."""
-    if output is None:
-        return
-    require_writable("--output", output, force=force, devices=True, inputs=[source], what="the file of the prompts")
+def _require_output(output: Path | None, inputs: Iterable[Path | None], *, force: bool) -> None:
+    """Refuse an output that could not be written, or that would overwrite what is read, before all the work."""
+    if output is not None:
+        require_writable("--output", output, force=force, devices=True, inputs=inputs)
 
 
 def _text_of(source: Path) -> str:
     if str(source) == "-":
         return read_stdin()
     try:
-        return source.read_bytes().decode("utf-8")
+        with source.open("rb") as stream:
+            if stat.S_ISCHR(os.fstat(stream.fileno()).st_mode) and not stream.isatty():
+                raise InputError(f"{source}: cannot be read: found a device, wanted a file or a pipe")
+            return stream.read().decode("utf-8")
     except OSError as error:
         raise InputError(f"{source}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -96,7 +109,8 @@ def _read_lines(source: Path) -> list[_Line]:
         InputError: naming every line that is wrong, as far as that can be told without the model.
 
     """
-    numbered = [(number, text) for number, text in enumerate(_text_of(source).split("\n"), 1) if text.strip()]
+    text = _text_of(source).removeprefix("\ufeff")  # the mark that some editors begin a file with
+    numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not numbered:
         raise InputError(f"{_name(source)}: found no line with a prompt")
     lines: list[_Line] = _each_line(source, numbered, lambda item: _parse(*item))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ from cyclopts import Parameter
 
 from mortice.core.cli.flags import OutputFlags
 from mortice.core.cli.render import Screen, size_text
-from mortice.core.cli.written_files import ForceFlag
+from mortice.core.cli.written_files import ForceFlag, require_writable, written_beside
 from mortice.core.errors import ConfigError
 
 __all__ = ["synth"]
@@ -37,17 +36,13 @@ def synth(
 
     output = output or OutputFlags()
     screen = Screen(json=output.json, quiet=output.quiet)
-    out = _target(out, force=force)
+    require_writable("", out, force=force)
+    if seed < 0:
+        raise ConfigError(f"--seed: found {seed}, wanted at least 0")
     started = time.perf_counter()
     file = synth_model(shape, recipe, seed=seed, layers=layers)
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")  # what is interrupted leaves no half file under the name
-    try:
+    with written_beside(out) as part:
         write_model(file, part)
-        part.replace(out)
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be written: {error.strerror or error}") from None
-    finally:
-        part.unlink(missing_ok=True)
     seconds = time.perf_counter() - started
     screen.result(
         {
@@ -65,20 +60,3 @@ def synth(
         f"{8 * file.tensor_bytes / file.parameters:.2f} bits each, in {seconds:.1f} s"
     )
     return 0
-
-
-def _target(out: Path, *, force: bool) -> Path:
-    """The file to write: where a symbolic link leads to, never anything but a regular file."""
-    try:
-        target = out.resolve(strict=True)
-    except FileNotFoundError:
-        if out.is_symlink():
-            raise ConfigError(f"{out}: is a symbolic link to nothing") from None
-        return out
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(f"{out}: cannot be written: {error}") from None
-    if not target.is_file():
-        raise ConfigError(f"{out}: is there already and is no regular file, so it is not overwritten")
-    if not force:
-        raise ConfigError(f"{out}: is there already; --force overwrites it")
-    return target

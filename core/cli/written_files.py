@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from mortice.core.errors import ConfigError
+from mortice.core.errors import ConfigError, ExecutionError
 
-__all__ = ["ForceFlag", "require_writable"]
+__all__ = ["ForceFlag", "require_writable", "write_text", "written_beside"]
 
 ForceFlag = Annotated[
     bool, Parameter(name="--force", negative=(), help="Overwrite a file that is there already.", show_default=False)
@@ -18,44 +20,69 @@ ForceFlag = Annotated[
 
 
 def require_writable(
-    flag: str,
-    path: Path,
-    *,
-    force: bool,
-    devices: bool = False,
-    inputs: Iterable[Path] = (),
-    what: str = "a file of the model",
+    flag: str, path: Path, *, force: bool, devices: bool = False, inputs: Iterable[Path | None] = ()
 ) -> None:
     """Refuse a path at which no file could be written, or where one is that nobody said to overwrite.
 
     Args:
-        flag: where the path was given.
+        flag: where the path was given; empty for an argument.
         path: the file that would be written, or a link to it.
         force: whether a file that is there is overwritten.
         devices: whether it may be a device or a pipe, which are written to and not overwritten.
-        inputs: files that the command reads, never overwritten.
-        what: what one of them is called.
+        inputs: files that the command reads, never overwritten; None for what was not given.
 
     Raises:
         ConfigError: naming flag, path and what was found there.
 
     """
+    where = f"{flag}: {path}" if flag else str(path)
     try:
         target = path.resolve()  # a link's target is what would be written
         if target.is_dir():
             found = "a folder"
         elif not target.parent.is_dir():
             found = "no folder to write it in"
-        elif any(target.exists() and file.exists() and target.samefile(file) for file in inputs):
-            raise ConfigError(f"{flag}: {path}: is {what}, wanted another")
+        elif any(file is not None and file.exists() and target.exists() and target.samefile(file) for file in inputs):
+            raise ConfigError(f"{where}: is a file that this command reads, wanted another")
         elif target.is_file():
             if force:
                 return
-            raise ConfigError(f"{flag}: {path}: is there already; --force overwrites it")
+            raise ConfigError(f"{where}: is there already; --force overwrites it")
         elif target.exists() and not devices:
             found = "a device, a pipe or a socket"
         else:
             return
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-        raise ConfigError(f"{flag}: {path}: {getattr(error, 'strerror', None) or error}") from None
-    raise ConfigError(f"{flag}: {path}: found {found}, wanted the name of a file")
+        raise ConfigError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
+    raise ConfigError(f"{where}: found {found}, wanted the name of a file")
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write, which takes its place in the end; until then `path` is left alone.
+
+    Raises:
+        ExecutionError: when it cannot be written.
+
+    """
+    target = path.resolve()  # a link stays a link
+    part = target.with_name(f".mortice-{secrets.token_hex(8)}.part")
+    try:
+        yield part
+        part.replace(target)
+    except OSError as error:
+        raise ExecutionError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text as UTF-8; the file is there complete or as it was.
+
+    Raises:
+        ExecutionError: when it cannot be written.
+
+    """
+    with written_beside(path) as part:
+        part.write_text(text, encoding="utf-8")

@@ -158,7 +158,9 @@ class ExecutorSuite(Suite):
 
     def test_its_own_upload_strategy_exists(self) -> None:
         """`default_upload` names one that fills its kind of memory."""
-        strategy = self.registry().upload(self.executor.default_upload())
+        name, known = self.executor.default_upload(), self.registry().uploads
+        require(name in known, f"no strategy {name!r}; one of the same plugin has to stand in the suite's `uploads`")
+        strategy = known[name].value
         kind = self.device().kind
         require(strategy.device_kind == kind, f"{strategy.name} fills {strategy.device_kind} memory, wanted {kind}")
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import numpy as np
 from mortice.core.model.qtypes import GGML_TYPES
 from mortice.core.model.types import LoadOptions, ModelFile
 from mortice.core.plugin.conformance import model_faults
+from mortice.core.plugin.interfaces import QuantizationType
 from mortice.core.plugin.registry import Registry
 from mortice.core.stages import open_file
 from mortice.core.testing.file_damage import DAMAGES, FOREIGN, WRONG_CONTENT, open_files, spread
@@ -46,11 +47,13 @@ class LoaderSuite(Suite):
     Attributes:
         plugin: the module or object with the hook `mortice_open_model`.
         sample_path: a good file or folder, instead of `sample`.
+        qtypes: quantisation types of the same plugin, where the sample has tensors of them.
 
     """
 
     plugin: object
     sample_path: Path | None = None
+    qtypes: Sequence[QuantizationType] = ()
 
     def sample(self, folder: Path) -> Path:
         """Write a small good file, or folder of files, into `folder`; some 10 kB to 1 MB."""
@@ -135,7 +138,7 @@ class LoaderSuite(Suite):
         used = {qtype.name for qtype in stored if qtype.is_quantized}
         if not used:
             skip("the sample has no quantised tensor")
-        fewer = {key: qtype for key, qtype in GGML_TYPES.items() if qtype.name not in used}
+        fewer = {key: qtype for key, qtype in self._options().qtypes.items() if qtype.name not in used}
         found = self._see(path, LoadOptions(qtypes=fewer))
         require(not found.opened, f"opens with {', '.join(sorted(used))} tensors though no such type is known")
 
@@ -276,10 +279,13 @@ class LoaderSuite(Suite):
     # ------------------------------------------------------------------------------------------------------------
 
     def _registry(self) -> Registry:
-        return self.once("registry", registry_with)
+        return self.once("registry", lambda: registry_with(qtypes=self.qtypes))
 
-    def _open(self, path: Path, options: LoadOptions | None = None) -> object:
-        return open_with(self.plugin, path, options or LoadOptions())
+    def _options(self) -> LoadOptions:
+        return LoadOptions(qtypes={**GGML_TYPES, **{given.qtype.id: given.qtype for given in self.qtypes}})
+
+    def _open(self, path: Path) -> object:
+        return open_with(self.plugin, path, self._options())
 
     @contextmanager
     def _opened(self, path: Path) -> Iterator[ModelFile]:
@@ -290,7 +296,7 @@ class LoaderSuite(Suite):
             yield model
 
     def _see(self, path: Path, options: LoadOptions | None = None, *, what: str = "") -> Seen:
-        return see(self.plugin, path, options or LoadOptions(), what=what or path.name)
+        return see(self.plugin, path, options or self._options(), what=what or path.name)
 
     def _expect_refused(self, path: Path, what: str) -> None:
         require(not self._see(path, what=what).opened, f"{what} opens")

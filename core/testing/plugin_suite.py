@@ -76,7 +76,8 @@ def suites_of(registry: Registry, name: str, sample: Path | None = None) -> Iter
     yield "plugin", PluginSuite.of(plugin=plugin, builtin=manager.records[name].source == "builtin")
     for contract in given("mortice_arch_contracts"):
         yield f"contract {contract.name}", ContractSuite.of(contract=contract)
-    for type_ in given("mortice_qtypes"):
+    qtypes = given("mortice_qtypes")
+    for type_ in qtypes:
         yield f"qtype {type_.qtype.name}", QTypeSuite.of(type=type_)
     uploads = given("mortice_upload_strategies")
     for strategy in uploads:
@@ -84,4 +85,4 @@ def suites_of(registry: Registry, name: str, sample: Path | None = None) -> Iter
     for executor in given("mortice_executors"):
         yield f"executor {executor.name}", ExecutorSuite.of(executor=executor, uploads=uploads)
     if manager.has(name, "mortice_open_model"):
-        yield f"loader {name}", LoaderSuite.of(plugin=plugin, sample_path=sample)
+        yield f"loader {name}", LoaderSuite.of(plugin=plugin, sample_path=sample, qtypes=qtypes)

@@ -63,18 +63,15 @@ class ChatTemplate:
         self._process = TemplateProcess(source, limits or TemplateLimits(), where)
 
     @classmethod
-    def from_metadata(
-        cls, metadata: Mapping[str, MetadataValue], tokenizer: Tokenizer, *, name: str | None = None
-    ) -> ChatTemplate:
-        """The template under ``tokenizer.chat_template``, or under ``tokenizer.chat_template.<name>``.
+    def from_metadata(cls, metadata: Mapping[str, MetadataValue], tokenizer: Tokenizer) -> ChatTemplate:
+        """The template under ``tokenizer.chat_template``.
 
         Raises:
             TemplateError: the file has none, or it is not a text, or it is too long.
 
         """
-        key = _KEY if name is None else f"{_KEY}.{name}"
-        where = f"{tokenizer.origin}: {key}" if tokenizer.origin else key
-        source = metadata.get(key)
+        where = f"{tokenizer.origin}: {_KEY}" if tokenizer.origin else _KEY
+        source = metadata.get(_KEY)
         if source is None:
             raise TemplateError(f"{where}: missing, so this model cannot chat; run it with a plain prompt instead")
         if not isinstance(source, str):
@@ -127,16 +124,8 @@ class ChatTemplate:
         self._process.close()
 
 
-def encode_chat(
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool = True,
-    variables: Mapping[str, Any] | None = None,
-    control_in_content: bool = False,
-) -> list[int]:
-    """Token ids of a conversation.
+def encode_chat(tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a conversation, up to the opening of the assistant's turn.
 
     Control tokens are read only where the template writes them. The text of one inside a message is plain text, so
     that nobody who supplies a message can end a turn or speak as another.
@@ -145,9 +134,6 @@ def encode_chat(
         tokenizer: the model's.
         template: the model's.
         messages: the turns so far, at least one.
-        add_generation_prompt: end with the opening of the assistant's turn.
-        variables: more that the template may ask for; JSON values.
-        control_in_content: read control tokens in messages, too.
 
     Raises:
         TemplateError: see `ChatTemplate.render`.
@@ -155,11 +141,8 @@ def encode_chat(
 
     """
     _check(messages)
-    literals: dict[int, str] = {}
-    if not control_in_content:
-        messages, literals = _shield(messages, tokenizer.control_texts(), template.source)
-    text = template.render(messages, add_generation_prompt=add_generation_prompt, variables=variables)
-    ids = tokenizer.encode(text, add_special=False, literals=literals or None)
+    shielded, literals = _shield(messages, tokenizer.control_texts(), template.source)
+    ids = tokenizer.encode(template.render(shielded), add_special=False, literals=literals or None)
     bos = tokenizer.bos_id
     if tokenizer.add_bos and bos is not None and ids[:1] != [bos]:
         ids.insert(0, bos)

@@ -79,7 +79,8 @@ def _render(template: Any, variables: dict[str, Any], output_chars: int) -> str:
     for part in template.generate(**variables):
         left -= len(part)
         if left < 0:
-            raise ValueError(f"it prints more than {output_chars} characters")
+            given = sum(len(message["content"]) for message in variables["messages"])
+            raise ValueError(f"it prints more than {output_chars} characters for messages of {given} in all")
         parts.append(part)
     return "".join(parts)
 
@@ -92,6 +93,8 @@ def _answer(work: Callable[[], str], cpu_seconds: float) -> dict[str, str]:
         answer = {"error": "it needs too much memory"}
     except RecursionError:
         answer = {"error": "it recurses too deep"}
+    except SyntaxError as error:  # its line is one of the Python that was made of the template
+        answer = {"error": str(error.msg)}
     except Exception as error:  # noqa: BLE001 - whatever a template raises is its own fault
         line = getattr(error, "lineno", None)
         where = "" if line is None else f"line {line}: "

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mortice.core.cli.main import main
@@ -34,6 +35,25 @@ def mortice_qtypes():
 """
 RIGHT = GOOD.format(values="rows.copy().view('<f4').reshape(len(rows), rows.shape[1] // 4)")
 WRONG = GOOD.format(values="rows.copy().view('<f4').reshape(len(rows), rows.shape[1] // 4) * len(rows)")
+LOADER = """
+from mortice.core.errors import ModelFileError
+from mortice.core.model.types import ModelFile, TensorView
+import numpy as np
+@hookimpl
+def mortice_open_model(path, options):
+    if path.suffix != ".acme":
+        return None
+    try:
+        data = np.frombuffer(path.read_bytes(), np.uint8)
+    except OSError as error:
+        raise ModelFileError(path, f"cannot be read: {error.strerror}") from None
+    types = {qtype.name: qtype for qtype in options.qtypes.values()}
+    if len(data) != 32 or "ACME" not in types:
+        raise ModelFileError(path, "wanted 32 bytes of ACME")
+    view = TensorView(name="a", shape=(2, 4), qtype=types["ACME"], data=data, offset=0, path=path)
+    keys = {"general.architecture": "acme"}
+    return ModelFile(path=path, format="acme", version="1", metadata=keys, tensors={"a": view}, files=(path,))
+"""
 LLAMA = """
 from mortice.arch_contracts.schema import builtin_contracts
 from mortice.core.plugin.hookspecs import hookimpl
@@ -243,6 +263,17 @@ def test_a_loader_is_checked_with_a_sample(plugins: Run, tmp_path: Path) -> None
     code, _, err = plugins("check", "loaders-gguf", "--sample", "/dev/zero")
     assert code == 2
     assert err.endswith("--sample: /dev/zero: wanted a regular file or a folder (a device)\n")
+
+
+def test_a_sample_may_have_tensors_of_a_type_that_the_plugin_gives(
+    plugins: Run, installed: Callable[[str], str], tmp_path: Path
+) -> None:
+    installed(RIGHT + LOADER)
+    sample = tmp_path / "model.acme"
+    sample.write_bytes(np.arange(8, dtype=np.float32).tobytes())
+    out = plugins("check", "acme", "--sample", sample, "--json")[1]
+    found = {check["check"]: check["status"] for check in json.loads(out)["checks"] if check["about"] == "loader acme"}
+    assert found["a good file opens"] == found["views are the bytes of the file"] == "passed"
 
 
 # new --------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from mortice.plugins.executors.cuda.properties import list_devices
 from mortice.plugins.executors.reference import ops
 from mortice.plugins.executors.reference.executor import ReferenceExecutor
 from mortice.plugins.executors.reference.runtime import ReferenceRuntime
+from mortice.plugins.uploads.host import HostUpload
 from tests.kit.running import failures
 
 CASE = "every operator equals the reference"
@@ -55,6 +56,17 @@ def test_the_cuda_executor_passes_what_needs_no_card(check: str) -> None:
 
     found = list(outcomes(ExecutorSuite.of(executor=Cardless()), check))
     assert [(outcome.status, outcome.message) for outcome in found] == [("passed", "")]
+
+
+def test_an_upload_strategy_that_the_suite_does_not_know_is_asked_for() -> None:
+    class Own(ReferenceExecutor):
+        def default_upload(self) -> str:
+            return "own"
+
+    check = "its own upload strategy exists"
+    told = "no strategy 'own'; one of the same plugin has to stand in the suite's `uploads`"
+    assert failures(ExecutorSuite.of(executor=Own("mine")), check) == {check: told}
+    assert failures(ExecutorSuite.of(executor=Own("mine"), uploads=[HostUpload("own")]), check) == {}
 
 
 class LlamaOnly(ExecutorSuite):

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from mortice.core.errors import ModelFileError
+from mortice.core.model.qtypes import QType
 from mortice.core.model.types import LoadOptions, ModelFile, TensorView
+from mortice.core.plugin.interfaces import QuantizationType
 from mortice.core.testing.loader_suite import LoaderSuite
 from mortice.core.testing.suite import outcomes
 from tests.kit.running import failures
@@ -176,6 +178,23 @@ def test_a_planted_fault_is_reported(loader: Callable[..., Any], check: str, wor
         for kept in KEPT:
             kept.close()
         KEPT.clear()
+
+
+def sample_of_own_type(folder: Path) -> Path:
+    """A file whose tensor has a type that only the loader's own plugin gives."""
+    header = {"metadata": {"general.architecture": "toy"}, "tensors": {"a": ["OWN", [8, 4], 0]}}
+    path = folder / "model.toy"
+    path.write_bytes(json.dumps(header).encode() + b"\n" + np.random.default_rng(1).bytes(256))
+    return path
+
+
+OWN = QuantizationType(qtype=QType(1901, "OWN", 4, 32), dequantize=lambda rows: rows[:, ::8].astype(np.float32))
+
+
+def test_a_sample_may_have_tensors_of_a_type_that_the_same_plugin_gives(tmp_path: Path) -> None:
+    sample = sample_of_own_type(tmp_path)
+    plugin = SimpleNamespace(mortice_open_model=good)
+    assert failures(LoaderSuite.of(plugin=plugin, sample_path=sample, qtypes=[OWN])) == {}
 
 
 def test_a_loader_that_waits_for_a_pipe_is_reported() -> None:

@@ -484,4 +484,9 @@ def test_synth_overwrites_only_when_told(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_synth_says_where_it_cannot_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["synth", "SmolLM2-135M", "Q4_0", str(tmp_path / "none" / "m.gguf"), "--layers", "1"]) == 2
-    assert "cannot be written: No such file or directory" in capsys.readouterr().err
+    assert "m.gguf: found no folder to write it in, wanted the name of a file" in capsys.readouterr().err
+
+
+def test_synth_refuses_a_negative_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["synth", "SmolLM2-135M", "Q4_0", str(tmp_path / "m.gguf"), "--seed", "-1"]) == 2
+    assert capsys.readouterr().err == "mortice: error: --seed: found -1, wanted at least 0\n"

@@ -62,7 +62,9 @@ def read_tensor(reader: Reader, index: int, alignment: int, qtypes: Mapping[int,
     qtype = qtypes.get(type_id)
     if qtype is None:
         known = ", ".join(f"{number} {known.name}" for number, known in sorted(qtypes.items()))
-        raise reader.error(f"{label} has unknown type id {type_id}; known are {known}", type_offset)
+        raise reader.error(
+            f"{label} has unknown type id {type_id}; known are {known}; others need a plugin", type_offset
+        )
     if shape[-1] % qtype.block_elements:
         raise reader.error(
             f"{label} has rows of {shape[-1]} elements, a multiple of {qtype.name}'s block of "

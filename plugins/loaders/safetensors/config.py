@@ -50,6 +50,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 """By the name in ``architectures``."""
 
 MAX_VOCABULARY = 1 << 21
+_MAX_HEAD_DIM = 1 << 16  # Llama 3's factors are computed for each pair of elements; real heads have up to 512
 
 _BIASED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -101,6 +102,8 @@ def read_config(config: Json) -> Hyperparameters:
     heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
     usual = hidden // heads if heads else 0
     head_dim = config.integer("head_dim", family.head_dim or usual)
+    if head_dim > _MAX_HEAD_DIM:
+        raise config.error("head_dim", f"found {head_dim}", f"at most {_MAX_HEAD_DIM}")
     vocab_size = config.integer("vocab_size")
     if vocab_size > MAX_VOCABULARY:
         raise config.error("vocab_size", f"found {vocab_size}", f"at most {MAX_VOCABULARY}")
@@ -236,8 +239,12 @@ def _llama3_factors(parameters: Json, base: float, head_dim: int) -> NDArray[np.
     low, high = parameters.number("low_freq_factor"), parameters.number("high_freq_factor")
     trained = parameters.integer("original_max_position_embeddings")
     if not (factor > 0 and 0 < low < high and trained > 0 and base > 0 and head_dim > 1):
-        found = f"found factor {factor:g}, low_freq_factor {low:g}, high_freq_factor {high:g}, {trained} positions"
-        raise parameters.error("factor", found, "positive numbers, low_freq_factor below high_freq_factor")
+        found = (
+            f"found factor {factor:g}, low_freq_factor {low:g}, high_freq_factor {high:g}, {trained} positions, "
+            f"base {base:g}, heads of {head_dim}"
+        )
+        wanted = "positive numbers, low_freq_factor below high_freq_factor, heads of 2 or more"
+        raise parameters.error("factor", found, wanted)
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     wavelengths = 2 * math.pi * np.power(base, exponents.astype(np.float64))
     smooth = (trained / wavelengths - low) / (high - low)

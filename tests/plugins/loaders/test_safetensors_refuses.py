@@ -25,6 +25,13 @@ from tests.support.resources import open_files
 from tests.support.tiny import REGISTRY, tiny
 
 WEIGHTS = Path("weights.safetensors")
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 TWO = {"a": ("F32", (2, 2), bytes(16)), "b": ("BF16", (4,), bytes(8))}
 
 
@@ -283,6 +290,9 @@ def test_two_tensors_that_become_one_are_refused(folder: Path) -> None:
         ({"num_hidden_layers": True}, "num_hidden_layers: found True"),
         ({"hidden_size": -1}, "hidden_size: found -1, wanted 0 to 2**31 - 1"),
         ({"vocab_size": 2**30}, "vocab_size: found 1073741824, wanted at most 2097152"),
+        ({"head_dim": 2**31 - 1}, "head_dim: found 2147483647, wanted at most 65536"),
+        ({"head_dim": None, "hidden_size": 2**30, "num_attention_heads": 2}, "head_dim: found 536870912, wanted"),
+        ({"rope_theta": -1.0, "rope_scaling": LLAMA3}, "8192 positions, base -1, heads of 16, wanted positive numbers"),
         ({"rms_norm_eps": 1e300}, "rms_norm_eps: found 1e+300"),
         ({"hidden_act": "gelu"}, "hidden_act: found 'gelu', wanted 'silu'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: found 0.5, wanted 1"),

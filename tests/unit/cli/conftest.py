@@ -40,14 +40,22 @@ class Ran:
 Mortice = Callable[..., Ran]
 
 
+class _Terminal(io.BytesIO):
+    """Bytes that a person types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.fixture
 def mortice(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Mortice:
-    """Call the command line in this process; `stdin` is what it may read."""
+    """Call the command line in this process; `stdin` is what it may read, with `errors` as Python opened it."""
     for name in [name for name in os.environ if name.startswith("MORTICE_")]:
         monkeypatch.delenv(name)
 
-    def call(*arguments: object, stdin: bytes = b"") -> Ran:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+    def call(*arguments: object, stdin: bytes = b"", errors: str = "strict", terminal: bool = False) -> Ran:
+        given = io.TextIOWrapper(_Terminal(stdin) if terminal else io.BytesIO(stdin), encoding="utf-8", errors=errors)
+        monkeypatch.setattr(sys, "stdin", given)
         capsys.readouterr()
         code = main([str(argument) for argument in arguments])
         captured = capsys.readouterr()

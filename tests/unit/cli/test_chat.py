@@ -80,9 +80,26 @@ def test_the_prompt_of_a_config_is_the_first_message(
 def test_a_script_is_told_of_a_message_that_is_refused(mortice: Mortice, tiny: Path) -> None:
     ran = mortice("chat", "-m", tiny, "--context", 40, stdin=b"word " * 60 + b"\n")
     assert ran.code == 2
-    assert "wanted fewer than the context's 40" in ran.err
+    assert "wanted fewer than the context's 40; /reset forgets the conversation" in ran.err
     assert mortice("chat", "-m", tiny, stdin=b"/nope\n").code == 2
-    assert mortice("chat", "-m", tiny, stdin=b"\xff\n").code == 2
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second is Python's choice in the C locale
+def test_input_that_is_no_utf_8_is_named_by_byte(mortice: Mortice, tiny: Path, errors: str) -> None:
+    ran = mortice("chat", "-m", tiny, "-q", stdin=b"ab\xff\n", errors=errors)
+    assert (ran.code, ran.err) == (2, "mortice: error: standard input: not UTF-8 at byte 2\n")
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_person_goes_on_after_a_line_that_is_refused(
+    mortice: Mortice, tiny: Path, asked: list[list[tuple[str, str]]], errors: str
+) -> None:
+    typed = b"one\n/nope\n" + b"word " * 60 + b"\ntwo\n"
+    ran = mortice("chat", "-m", tiny, "-q", "-n", 1, "--context", 60, stdin=typed, terminal=True)
+    assert (ran.code, ran.err.count("mortice: warning: ")) == (0, 2)
+    assert [role for role, _ in asked[-1]] == ["user", "assistant", "user"]
+    ran = mortice("chat", "-m", tiny, "-q", stdin=b"ab\xff\n", errors=errors, terminal=True)
+    assert (ran.code, "standard input: not UTF-8 at byte 2" in ran.err) == (0, True)
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_chat(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -163,3 +165,29 @@ def test_a_picture_is_drawn_without_further_packages(mortice: Mortice, tmp_path:
     again = mortice("contract", "show", "llama", "--picture", tmp_path / "llama.svg")
     assert (again.code, "llama.svg: is there already; --force overwrites it" in again.err) == (2, True)
     assert mortice("contract", "show", "llama", "--picture", tmp_path / "llama.svg", "--force").code == 0
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one_alone(
+    mortice: Mortice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = tmp_path / "llama.svg"
+    picture.write_text("mine")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    ran = mortice("contract", "show", "llama", "--picture", picture, "--force", "-q")
+    assert (ran.code, ran.err) == (1, f"mortice: error: {picture}: cannot be written: No space left on device\n")
+    assert picture.read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["llama.svg"]
+
+
+def test_a_contract_that_is_read_is_never_written_over(mortice: Mortice, unknown: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text(Path(__file__).parents[3].joinpath("arch_contracts", "llama.toml").read_text())
+    before = own.read_bytes()
+    for asked in (("show", own, "--picture", own), ("derive", unknown, "--like", own, "-o", own)):
+        ran = mortice("contract", *asked, "--force")
+        assert (ran.code, "own.toml: is a file that this command reads, wanted another" in ran.err) == (2, True)
+    assert own.read_bytes() == before

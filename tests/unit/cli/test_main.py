@@ -36,6 +36,8 @@ from tests.unit.cli.conftest import Mortice
         (["run", "a.toml", "b.toml"], "run: found 'b.toml' beyond its arguments; usage: mortice run [CONFIG]"),
         (["plugins", "lst"], "usage: mortice plugins COMMAND, see mortice plugins --help"),
         (["config", "schema", "--format", "xml"], "--format"),
+        (["bench", "-p", "1,a"], "bench: Invalid value for -p: found 'a', wanted integers separated by commas;"),
+        (["parity", "m.gguf", "--token-ids", "1,"], "Invalid value for --token-ids: found '', wanted integers sep"),
     ],
 )
 def test_a_usage_error_is_a_line_and_exit_code_2(mortice: Mortice, arguments: list[str], message: str) -> None:

@@ -302,7 +302,7 @@ def test_a_record_is_never_written_over_the_model(mortice: Mortice, tiny: Path, 
     for path, force in ((tiny, ()), (link, ()), (tiny, ("--force",))):
         ran = mortice("run", "-m", tiny, *ASKED, "--record", path, *force)
         assert ran.code == 2
-        assert "is a file of the model" in ran.err
+        assert "is a file that this command reads" in ran.err
     assert tiny.read_bytes() == before
 
 
@@ -310,7 +310,7 @@ def test_a_record_is_never_written_over_a_file_of_a_models_folder(mortice: Morti
     with open_file(REGISTRY, tiny) as file:
         folder = write_folder(tmp_path / "hf", file, "BF16")
     ran = mortice("run", folder, *ASKED, "--record", folder / "config.json", "--force")
-    assert (ran.code, "config.json: is a file of the model, wanted another" in ran.err) == (2, True)
+    assert (ran.code, "config.json: is a file that this command reads, wanted another" in ran.err) == (2, True)
     assert "model_type" in (folder / "config.json").read_text()
 
 

@@ -11,6 +11,9 @@ import pytest
 import mortice as package
 from mortice.core.cli import run_many
 from mortice.core.pipeline import Pipeline
+from mortice.core.stages import open_file
+from tests.support.hf_folders import write_folder
+from tests.support.tiny import REGISTRY
 from tests.unit.cli.conftest import Mortice, Ran
 
 
@@ -139,7 +142,7 @@ def test_what_holds_no_lines_of_prompts_is_refused(mortice: Mortice, tiny: Path,
         (("--json",), "--json: the results of --jsonl are JSON already"),
         (("--system", "b"), "prompt.system: only a chat has a system message"),
         (("--output", "no/such/file"), "--output: no/such/file: found no folder to write it in"),
-        (("--output", "prompts.jsonl"), "--output: prompts.jsonl: is the file of the prompts"),
+        (("--output", "prompts.jsonl"), "--output: prompts.jsonl: is a file that this command reads, wanted another"),
     ],
 )
 def test_flags_that_make_no_sense_beside_jsonl_are_refused(
@@ -166,6 +169,44 @@ def test_results_are_written_over_a_file_only_when_told(mortice: Mortice, tiny: 
     assert out.read_text() == "mine"
     assert mortice(*asked, "--force", stdin=jsonl({"prompt": "a"})).code == 0
     assert "mine" not in out.read_text()
+
+
+def test_results_are_never_written_over_what_is_read(mortice: Mortice, tiny: Path, tmp_path: Path) -> None:
+    model, contract = tmp_path / "model.gguf", tmp_path / "llama.toml"
+    model.write_bytes(tiny.read_bytes())
+    contract.write_bytes((Path(__file__).parents[3] / "arch_contracts" / "llama.toml").read_bytes())
+    config = tmp_path / "run.toml"
+    config.write_text('[model]\npath = "model.gguf"\ncontract = "llama.toml"\n')
+    before = {path: path.read_bytes() for path in (model, contract, config)}
+    for path in before:
+        ran = mortice("run", config, "--jsonl", "-", "--output", path, "--force", stdin=jsonl({"prompt": "a"}))
+        assert ran.code == 2
+        assert f"--output: {path}: is a file that this command reads, wanted another" in ran.err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_results_are_never_written_over_a_file_of_a_models_folder(mortice: Mortice, tiny: Path, tmp_path: Path) -> None:
+    with open_file(REGISTRY, tiny) as file:
+        folder = write_folder(tmp_path / "hf", file, "BF16")
+    weights = folder / "model.safetensors"
+    before = weights.read_bytes()
+    ran = mortice("run", folder, "--jsonl", "-", "--output", weights, "--force", stdin=jsonl({"prompt": "a"}))
+    assert (ran.code, "is a file that this command reads" in ran.err) == (2, True)
+    assert weights.read_bytes() == before
+
+
+def test_a_file_of_prompts_may_begin_with_a_byte_order_mark(mortice: Mortice, tiny: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_bytes(b"\xef\xbb\xbf" + jsonl({"prompt": "a", "max_tokens": 1}))
+    assert mortice("run", tiny, "--jsonl", prompts, "-q").code == 0
+
+
+def test_a_device_of_prompts_is_refused_and_not_read_for_ever(mortice: Mortice, tiny: Path) -> None:
+    ran = mortice("run", tiny, "--jsonl", "/dev/zero", "-q")
+    assert (ran.code, ran.err) == (
+        2,
+        "mortice: error: /dev/zero: cannot be read: found a device, wanted a file or a pipe\n",
+    )
 
 
 def test_an_output_without_jsonl_and_prompts_without_a_model_are_refused(mortice: Mortice, tiny: Path) -> None:

@@ -131,7 +131,7 @@ DOUBLING = "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n
         ("{{ '%9999999999d' % 1 }}", "too much memory"),
         ("{{ [1] | tojson(indent=10**10) }}", "too much memory"),
         (DOUBLING, "processor time|too much memory"),
-        ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "prints more than 4194304 characters"),
+        ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "prints more than 4194304 characters for messages"),
         ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "recurses too deep"),
         ("{{ " + "(" * 50000 + "1" + ")" * 50000 + " }}", "recurses too deep"),
         ("{% if 1 %}" * 3000 + "{% endif %}" * 3000, "recurses too deep"),
@@ -168,6 +168,17 @@ def test_a_template_that_reaches_outside_is_refused(render: Render, source: str,
 def test_a_broken_template_is_refused_with_its_line(render: Render) -> None:
     with pytest.raises(TemplateError, match=r"tokenizer\.chat_template: line 2: Expected an expression"):
         render("a\n{% if %}")
+
+
+def test_a_fault_of_the_python_made_of_a_template_has_no_line_of_that_python(render: Render) -> None:
+    with pytest.raises(TemplateError, match=r"tokenizer.chat_template: 'break' outside loop$"):
+        render("{% break %}")
+
+
+def test_a_prompt_too_long_to_render_is_named_by_its_length(render: Render) -> None:
+    long = [Message(role="user", content="a" * 100)]
+    with pytest.raises(TemplateError, match="it prints more than 99 characters for messages of 100 in all"):
+        render("{{ messages[0].content }}", long, TemplateLimits(output_chars=99))
 
 
 def test_a_templates_own_refusal_is_shown(render: Render) -> None:
@@ -225,13 +236,6 @@ def test_a_template_that_is_no_text_is_refused() -> None:
         tokenizer_with(3)
 
 
-def test_a_named_template_is_taken_by_name() -> None:
-    metadata = byte_level_metadata() | {"tokenizer.chat_template.rag": "named"}
-    tokenizer = Tokenizer.from_metadata(metadata)
-    with closing(ChatTemplate.from_metadata(metadata, tokenizer, name="rag")) as template:
-        assert template.render(USER) == "named"
-
-
 def test_a_template_knows_the_files_special_tokens() -> None:
     _, template = tokenizer_with("{{ bos_token }}{{ eos_token }}", bos_token_id=0, eos_token_id=1)
     with closing(template):
@@ -245,8 +249,6 @@ def test_control_tokens_come_from_the_template_and_never_from_a_message() -> Non
         ids = encode_chat(tokenizer, template, [Message(role="user", content=attack)])
         assert [ids.count(0), ids.count(1)] == [2, 1]
         assert tokenizer.decode(ids) == f"<|im_start|>user\n{attack}<|im_end|>\n<|im_start|>assistant\n"
-        ids = encode_chat(tokenizer, template, [Message(role="user", content=attack)], control_in_content=True)
-        assert [ids.count(0), ids.count(1)] == [3, 2]
 
 
 def test_two_messages_cannot_make_up_a_control_token_together() -> None:
