@@ -62,6 +62,7 @@ class Bench:
     device: Device
     rows: int
     bulk_copies: bool = False
+    wgmma: bool = False
     rng: np.random.Generator = field(factory=lambda: np.random.default_rng(5))
     planned: dict[WeightRef, PlannedWeight] = field(factory=dict)
     values: dict[WeightRef | Buffer, Array] = field(factory=dict)
@@ -133,6 +134,7 @@ class Bench:
             sm_count=sm_count,
             quantize_activations=True,
             bulk_copies=self.bulk_copies,
+            wgmma=self.wgmma,
         )
         addresses = Addresses(
             weights=self._addresses,
@@ -214,19 +216,26 @@ def normed(x: Array, weight: Array, eps: float) -> Array:
     return result
 
 
-MANY = pytest.param(GEMM_FROM_ROWS + 1, False, marks=needs_cublas)
-ROWS = [(2, False), (20, False), (70, False), MANY, (2, True), (8, True), (13, True)]
-"""With whether weights come through rings of shared memory, where the card has bulk copies."""
+MANY = pytest.param(GEMM_FROM_ROWS + 1, "cuBLAS", marks=needs_cublas)
+ROWS = [
+    *((rows, "warps") for rows in (2, 20, 70)),
+    MANY,
+    *((rows, "rings") for rows in (2, 8, 13)),
+    *((rows, "warpgroups") for rows in (7, 16, 17, 31, 33, 64, 70)),
+]
+"""With which kernel multiplies; some are only for cards with bulk copies or products of warpgroups."""
 
 
 @pytest.fixture
-def bench(device: Device) -> Iterator[Callable[[int, bool], Bench]]:
+def bench(device: Device) -> Iterator[Callable[[int, str], Bench]]:
     made: list[Bench] = []
 
-    def make(rows: int, rings: bool) -> Bench:
-        if rings and not has_bulk_copies(device.properties):
+    def make(rows: int, kernel: str) -> Bench:
+        if kernel == "rings" and not has_bulk_copies(device.properties):
             pytest.skip("the card has no bulk copies")
-        made.append(Bench(device, rows, bulk_copies=rings))
+        if kernel == "warpgroups" and device.properties.compute_capability != (9, 0):
+            pytest.skip("the card has no products of warpgroups")
+        made.append(Bench(device, rows, bulk_copies=kernel == "rings", wgmma=kernel == "warpgroups"))
         return made[-1]
 
     yield make
@@ -234,12 +243,12 @@ def bench(device: Device) -> Iterator[Callable[[int, bool], Bench]]:
         each.close()
 
 
-@pytest.mark.parametrize(("rows", "rings"), ROWS)
+@pytest.mark.parametrize(("rows", "kernel"), ROWS)
 @pytest.mark.parametrize("qtype", [name for name in NAMES if name != "F32"])
 def test_maps_of_one_normed_input_with_biases(
-    bench: Callable[[int, bool], Bench], qtype: str, rows: int, rings: bool
+    bench: Callable[[int, str], Bench], qtype: str, rows: int, kernel: str
 ) -> None:
-    on = bench(rows, rings)
+    on = bench(rows, kernel)
     source = on.input("x", 768)
     norm = Norm(
         name="norm",
@@ -269,12 +278,12 @@ def test_maps_of_one_normed_input_with_biases(
         check(values, n @ weight.T + (on.values[bias.weight] if bias else 0.0), spread(n, weight))
 
 
-@pytest.mark.parametrize(("rows", "rings"), ROWS)
+@pytest.mark.parametrize(("rows", "kernel"), ROWS)
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_a_gated_map_whose_result_goes_on_into_another(
-    bench: Callable[[int, bool], Bench], activation: Any, rows: int, rings: bool
+    bench: Callable[[int, str], Bench], activation: Any, rows: int, kernel: str
 ) -> None:
-    on = bench(rows, rings)
+    on = bench(rows, kernel)
     source, residual = on.input("x", 512), on.input("r", 256)
     on.values[source] /= np.abs(on.values[source]).max(axis=1, keepdims=True)
     gate, up = on.linear("gate", source, 1792, "Q4_K"), on.linear("up", source, 1792, "Q6_K")

@@ -42,7 +42,7 @@ def compile_for_cpu(folder: Path, text: str, defines: Mapping[str, str | int], s
 
 def for_tensor_cores(text: str) -> str:
     """Flattened kernels without what `TENSOR` stands in for: headers and loads in assembler, dynamic memory."""
-    for name in ("mma.cuh", "shared_address.cuh", "bulk_copy.cuh"):
+    for name in ("mma.cuh", "shared_address.cuh", "bulk_copy.cuh", "wgmma.cuh"):
         text = re.sub(rf'#line \d+ "{name}"\n.*?(?=#line)', "", text, flags=re.DOTALL)
     text = re.sub(
         r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];", r"\1* \2 = reinterpret_cast<\1*>(arena);", text

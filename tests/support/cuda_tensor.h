@@ -1,4 +1,4 @@
-// What ops/mma.cuh does with tensor cores and shared memory and ops/bulk_copy.cuh with copies, in C++, for kernels whose
+// What ops/mma.cuh and ops/wgmma.cuh do with tensor cores and shared memory and ops/bulk_copy.cuh with copies, in C++, for kernels whose
 // threads work together. Stands in for cuda_fp16.h; the text of those headers is left out. Dynamic shared memory is
 // `arena`.
 #pragma once
@@ -79,6 +79,35 @@ inline void mma_m16n8k16(float (&sums)[4], const unsigned (&a)[4], unsigned b0, 
     });
 }
 
+// PTX ISA, "Matrix fragments for wgmma.mma_async.m64nNk16" and "Shared Memory Matrix Layout" without swizzling: what one
+// warp has of a warpgroup's products.
+inline unsigned long long matrix_at(unsigned address, unsigned along_k, unsigned along_columns) {
+    return address / 16 | static_cast<unsigned long long>(along_k / 16) << 16 |
+           static_cast<unsigned long long>(along_columns / 16) << 32;
+}
+template <int kTiles>
+void wgmma_k16(float (&sums)[kTiles][4], const unsigned (&a)[4], unsigned long long b, bool adds) {
+    const unsigned start = b % (1 << 14) * 16, along_k = b >> 16 & 0x3fff, along_columns = b >> 32 & 0x3fff;
+    with_all_lanes(a, 4, [&](auto& all) {
+        const int lane = threadIdx.x % 32;
+        for (int i = 0; i < 4 * kTiles; ++i) {
+            const int row = lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+            double sum = adds ? sums[i / 4][i % 4] : 0.;
+            for (int k = 0; k < 16; ++k) {
+                const unsigned left = all[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+                const unsigned piece = start + 16 * (k / 8 * along_k + column / 8 * along_columns);
+                unsigned right;
+                std::memcpy(&right, arena + piece + column % 8 * 16 + k % 8 / 2 * 4, 4);
+                sum += static_cast<double>(half_of(left, k % 2)) * half_of(right, k % 2);
+            }
+            sums[i / 4][i % 4] = static_cast<float>(sum);
+        }
+    });
+}
+inline void begin_products() {}
+inline void end_products() {}
+inline void wait_for_products() {}
+
 inline unsigned shared_address(const void* p) {
     return static_cast<unsigned>(static_cast<const unsigned char*>(p) - arena);
 }
@@ -140,12 +169,21 @@ inline void expect_bytes(unsigned long long* barrier, unsigned bytes) {
     --arrivals.silent;
     arrivals.look();
 }
+inline void arrive_for_part(int barrier, int threads, int) {
+    Meeting& meeting = running->parts[barrier];
+    if (++meeting.arrived == threads) meeting.arrived = 0, ++meeting.met;
+}
+inline void wait_for_part(int barrier, int threads) { meet(running->parts[barrier], threads); }
+inline void arrive(unsigned long long* barrier) { expect_bytes(barrier, 0); }
 inline void copy_bulk(unsigned char* to, const unsigned char* from, unsigned bytes, unsigned long long* barrier, unsigned long long) {
     if (bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) std::abort();
     std::memcpy(to, from, bytes);
     Arrivals& arrivals = arrivals_of(barrier);
     arrivals.missing -= static_cast<int>(bytes);
     arrivals.look();
+}
+inline void copy_bulk(unsigned char* to, const unsigned char* from, unsigned bytes, unsigned long long* barrier) {
+    copy_bulk(to, from, bytes, barrier, 0);
 }
 inline void wait_arrival(const unsigned long long* barrier, unsigned parity) {
     while (arrivals_of(barrier).over % 2 == parity) change_over();

@@ -33,7 +33,7 @@ struct RunningBlock {
     std::vector<char> ended;
     std::vector<Meeting> warps;
     std::vector<unsigned long long> lanes;
-    Meeting all;
+    Meeting all, parts[16];  // of a block, of some of its warps
 };
 static thread_local RunningBlock* running;
 

@@ -25,13 +25,14 @@ __all__ = [
 ]
 
 Way = Literal["matmul", "ring", "gemm"]
-"""``ops/matmul.cu``; ``ops/matmul_ring.cu``; weights expanded to memory and cuBLAS."""
+"""``ops/matmul.cu``, or ``ops/matmul_wgmma.cu`` in its stead; ``ops/matmul_ring.cu``; weights expanded to memory and
+cuBLAS."""
 
 RING_CANDIDATES = (0, *(tile.rows for tile in MATMUL_TILES if tile.rows <= RING_ROWS))
-"""What `RowCrossovers.ring_rows` may be: each tile of ``ops/matmul.cu`` that the other kernel can stand in for."""
+"""What `RowCrossovers.ring_rows` may be: each tile of the other kernels that it can stand in for."""
 
 GEMM_CANDIDATES = (33, 65, 129, 193, 257)
-"""What `RowCrossovers.gemm_from_rows` may be: one more than whole passes of ``ops/matmul.cu``."""
+"""What `RowCrossovers.gemm_from_rows` may be: one more than whole passes of the other kernels."""
 
 _BY_CHANCE = 0.02
 """Of a step's time, that another way than the built-in figures' has to save before it takes its place."""

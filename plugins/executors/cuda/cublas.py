@@ -1,4 +1,4 @@
-"""Products of half-precision matrices by cuBLAS, found late; without it the kernels of ``ops/matmul.cu`` do all."""
+"""Products of half-precision matrices by cuBLAS, found late; without it other kernels do all."""
 
 from __future__ import annotations
 

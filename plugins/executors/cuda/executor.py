@@ -200,6 +200,7 @@ class CudaExecutor:
             quantize_activations=not exact,
             cublas=cublas,
             bulk_copies=has_bulk_copies(device.properties),
+            wgmma=device.properties.compute_capability == (9, 0),
             other_gemm_from=gemm_thresholds(settings),
         )
         return compile_tuned(lowering, device, settings.tuning)

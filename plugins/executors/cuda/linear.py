@@ -20,17 +20,17 @@ from mortice.plugins.executors.cuda.layouts import TileGeometry, tile_geometry
 from mortice.plugins.executors.cuda.linear_args import FinishArgs, GemvArgs, InputArgs, MatmulArgs, RingArgs
 from mortice.plugins.executors.cuda.matmul import (
     GEMV_PASS,
-    JOIN_COLUMNS,
+    STEP,
     MatmulScratch,
     MatmulTile,
     Piece,
     RowPath,
     Slices,
-    input_threads,
     pieces_of,
     slices_of,
     units_of,
 )
+from mortice.plugins.executors.cuda.matmul_input import JOIN_COLUMNS, InputCut, LeftProducts, input_cut
 from mortice.plugins.executors.cuda.matmul_ring import RING_ROWS, RingShape, ring_shape
 from mortice.plugins.executors.cuda.sources import KernelSources
 from mortice.plugins.executors.cuda.workspace import Workspace
@@ -42,17 +42,8 @@ Pointer, Int = ctypes.c_uint64, ctypes.c_int32
 _NEEDS_FLOAT32 = frozenset({"F32"})
 """Types whose products half precision would change by more than the weights' own rounding."""
 
-
-@frozen(kw_only=True)
-class _Joined:
-    """A group whose products, of so many slices, are finished with the next one's input.
-
-    `scaled` says whether they are still to be multiplied with the scales of the group's input.
-    """
-
-    group: LinearGroup
-    slices: int
-    scaled: bool = True
+_ONE_SLICE = Slices(count=1, steps=0)
+"""Of products by cuBLAS."""
 
 
 @frozen(eq=False, kw_only=True)
@@ -67,6 +58,8 @@ class LinearLowering:
         sm_count: multiprocessors of the card.
         quantize_activations: whether products with quantised weights take int8 activations, or half precision.
         bulk_copies: whether the card copies to shared memory in bulk (sm_90 and later).
+        wgmma: whether the card has products of warpgroups (sm_90 alone); ``ops/matmul_wgmma.cu`` then stands in for
+            ``ops/matmul.cu``.
         ring_rows: rows of a pass of ``ops/matmul.cu`` that ``ops/matmul_ring.cu`` stands in for, at most.
 
     """
@@ -78,6 +71,7 @@ class LinearLowering:
     sm_count: int
     quantize_activations: bool
     bulk_copies: bool = False
+    wgmma: bool = False
     ring_rows: int = RING_ROWS
     _rings: dict[tuple[int, RowPath], tuple[LinearGroup, RingShape | None]] = field(
         factory=dict, init=False, repr=False
@@ -107,7 +101,7 @@ class LinearLowering:
             return self._ring(group, ring, leaves=leaves)
         if kind == "matmul":
             return self._matmul(group, path, joined, leaves=leaves)
-        return self._gemm(group, joined, leaves=leaves)
+        return self._gemm(group, path, joined, leaves=leaves)
 
     def ahead(self, group: LinearGroup) -> tuple[AheadWeight, ...]:
         """What attention two launches before asks for: nothing where weights go straight to registers."""
@@ -132,19 +126,23 @@ class LinearLowering:
         key = id(group), path
         if key not in self._rings:
             by_ring = self.bulk_copies and path.rows <= self.ring_rows and self._kind(group, path) == "matmul"
-            self._rings[key] = group, ring_shape(group, self._tiles(group), path.rows) if by_ring else None
+            shape = ring_shape(group, self._tiles(group), path.rows, self.sm_count) if by_ring else None
+            self._rings[key] = group, shape
         return self._rings[key][1]
 
     def _is_joined(self, first: LinearGroup, second: LinearGroup, path: RowPath) -> bool:
         """Whether the products of `first` are finished by the launch that prepares the input of `second`."""
         ways = self._kind(first, path), self._kind(second, path)
-        if "gemv" in ways or first.outputs != (second.source,) or second.source.width > JOIN_COLUMNS:
+        if "gemv" in ways or first.outputs != (second.source,):
             return False
         ring = self._ring_shape(first, path)
         if self._ring_shape(second, path) is not None or (ring is not None and ring.slices == 1):
             return False
-        if first.gated is not None:  # twice the products for a block a row: slower than two launches, as measured
-            return False
+        cut = self._cut(second, path.tile(wgmma=self.wgmma) if path.kind == "matmul" else None)
+        if STEP * cut.steps > JOIN_COLUMNS or (cut.factor_later and self._left(first, path).lacks_factor):
+            return False  # squares would be overwritten while others read them
+        if first.gated is not None and cut.parts == 1:
+            return False  # twice the products for a block a row: slower than two launches, as measured
         return path.kind == "matmul" or len(list(pieces_of(first))) == 1
 
     def _name(self, group: LinearGroup) -> str:
@@ -223,7 +221,7 @@ class LinearLowering:
                 weights, shape, norm=group.norm, gated=group.gated is not None, activation=group.activation
             ),
             entry="matmul_ring",
-            block=32 * shape.warps,
+            block=shape.threads,
             shared_symbol="shared_bytes",
             grid=lambda rows, _: (shape.grid(rows, self.sm_count), 1, 1),
             args=args,
@@ -231,19 +229,21 @@ class LinearLowering:
         )
         if whole or leaves:
             return [products]
-        return [products, self._finish(group, _whole(group), shape.slices, scaled=False, ends=True)]
+        return [products, self._finish(LeftProducts(group=group, slices=shape.slices), _whole(group), ends=True)]
 
     # tensor cores -----------------------------------------------------------------------------------------------
 
-    def _input(self, group: LinearGroup, pass_rows: int, joined: _Joined | None) -> LaunchSpec:
-        """The group's input as halves: rows in order where `pass_rows` is 0, else laid out for ``ops/matmul.cu``."""
-        columns = group.source.width
+    def _input(self, group: LinearGroup, tile: MatmulTile | None, joined: LeftProducts | None) -> LaunchSpec:
+        """The group's input as halves: laid out for a kernel, or without a `tile` rows in order."""
+        pass_rows = tile.rows if tile is not None else 1
+        columns, cut = group.source.width, self._cut(group, tile)
 
         def args(at: Addresses, rows: int) -> tuple[Any, ...]:
             filled = InputArgs(
                 x=self._buffer(at, group.source),
                 out=at.matmul + self.scratch.inputs,
                 scales=at.matmul + self.scratch.scales,
+                squares=at.matmul + self.scratch.squares,
                 rows=rows,
             )
             if group.norm is not None:
@@ -251,18 +251,16 @@ class LinearLowering:
                 filled.norm_bias = at.weights[group.norm.bias] if group.norm.bias is not None else 0
                 filled.norm_eps = group.norm.eps
             if joined is not None:
-                filled.products = self._finish_args(
-                    joined.group, _whole(joined.group), joined.slices, at, rows, scaled=joined.scaled
-                )
+                filled.products = self._finish_args(joined, _whole(joined.group), at, rows)
             return (filled,)
 
         return LaunchSpec(
             name=self._name(group),
             label="matmul input" if joined is None else "matmul finish, input",
-            source=self.sources.matmul_input(columns, group.norm, pass_rows, joined.group if joined else None),
+            source=self.sources.matmul_input(columns, group.norm, tile, cut, joined),
             entry="matmul_input",
-            block=input_threads(columns),
-            grid=lambda rows, _: (-(-rows // pass_rows) * pass_rows if pass_rows else rows, 1, 1),
+            block=cut.threads,
+            grid=lambda rows, _: (-(-rows // pass_rows) * pass_rows, cut.parts, 1),
             args=args,
             outputs=joined.group.outputs if joined is not None else (),
         )
@@ -271,20 +269,31 @@ class LinearLowering:
         outputs = [linear.weight.rows for linear in group.linears]
         return slices_of(group.source.width, units_of(outputs, tile), tile, self.sm_count)
 
-    def _joined(self, group: LinearGroup, path: RowPath) -> _Joined:
+    def _cut(self, group: LinearGroup, tile: MatmulTile | None) -> InputCut:
+        slices = self._slices(group, tile) if tile is not None else _ONE_SLICE
+        return input_cut(group.source.width, group.norm, tile, slices)
+
+    def _left(self, group: LinearGroup, path: RowPath) -> LeftProducts:
+        """What a group's products leave, whichever kernel makes them."""
         ring = self._ring_shape(group, path)
         if ring is not None:
-            return _Joined(group=group, slices=ring.slices, scaled=False)
-        return _Joined(group=group, slices=self._slices(group, path.tile).count)
+            return LeftProducts(group=group, slices=ring.slices)
+        if path.kind == "gemm":
+            return LeftProducts(group=group, slices=1, scaled=True)
+        cut = self._cut(group, path.tile(wgmma=self.wgmma))
+        return LeftProducts(group=group, slices=cut.scales, lacks_factor=cut.factor_later)
 
     def _matmul(self, group: LinearGroup, path: RowPath, joined: LinearGroup | None, *, leaves: bool) -> list[Spec]:
-        weights, tile = self._weights(group), path.tile
+        weights, tile = self._weights(group), path.tile(wgmma=self.wgmma)
         units = units_of([weight.rows for weight in weights], tile)
         slices = self._slices(group, tile)
 
         def args(at: Addresses, rows: int) -> tuple[Any, ...]:
             filled = MatmulArgs(
-                x=at.matmul + self.scratch.inputs, products=at.matmul + self.scratch.products, rows=rows
+                x=at.matmul + self.scratch.inputs,
+                scales=at.matmul + self.scratch.scales,
+                products=at.matmul + self.scratch.products,
+                rows=rows,
             )
             for i, linear in enumerate(group.linears):
                 filled.weights[i] = at.weights[linear.weight]
@@ -294,7 +303,7 @@ class LinearLowering:
             name=self._name(group),
             label=f"matmul {_types(weights)}",
             source=self.sources.matmul(weights, group.source.width, tile, slices),
-            entry="matmul",
+            entry="matmul_wgmma" if tile.by_warpgroups else "matmul",
             block=tile.threads,
             shared_symbol="shared_bytes",
             grid=lambda rows, at_once: (
@@ -304,13 +313,13 @@ class LinearLowering:
             ),
             args=args,
         )
-        first = self._input(group, tile.rows, self._joined(joined, path) if joined else None)
-        last = [] if leaves else [self._finish(group, _whole(group), slices.count, ends=True)]
+        first = self._input(group, tile, self._left(joined, path) if joined else None)
+        last = [] if leaves else [self._finish(self._left(group, path), _whole(group), ends=True)]
         return [first, matmul, *last]
 
-    def _gemm(self, group: LinearGroup, joined: LinearGroup | None, *, leaves: bool) -> list[Spec]:
+    def _gemm(self, group: LinearGroup, path: RowPath, joined: LinearGroup | None, *, leaves: bool) -> list[Spec]:
         columns = group.source.width
-        specs: list[Spec] = [self._input(group, 0, _Joined(group=joined, slices=1) if joined else None)]
+        specs: list[Spec] = [self._input(group, None, self._left(joined, path) if joined else None)]
         lots = list(pieces_of(group))
         for lot in lots:
             place = 0
@@ -319,7 +328,7 @@ class LinearLowering:
                 place += piece.rows
             specs.append(self._product(group, columns, place))
             if not leaves:
-                specs.append(self._finish(group, lot, 1, ends=lot is lots[-1]))
+                specs.append(self._finish(self._left(group, path), lot, ends=lot is lots[-1]))
         return specs
 
     def _expand(self, group: LinearGroup, piece: Piece, offset: int) -> LaunchSpec:
@@ -355,31 +364,30 @@ class LinearLowering:
             ),
         )
 
-    def _finish(
-        self, group: LinearGroup, lot: Sequence[Piece], slices: int, *, ends: bool, scaled: bool = True
-    ) -> LaunchSpec:
+    def _finish(self, left: LeftProducts, lot: Sequence[Piece], *, ends: bool) -> LaunchSpec:
         """What follows the products of a lot of outputs; `ends` where it is the last of the group."""
+        group = left.group
         width = sum(piece.rows for piece in lot)
         results = lot[0].rows if group.gated is not None else width
         vector = 4 if all(group.linears[p.linear].weight.rows % 4 == p.rows % 4 == 0 for p in lot) else 1
         return LaunchSpec(
             name=self._name(group),
             label="matmul finish",
-            source=self.sources.matmul_finish(group, vector),
+            source=self.sources.matmul_finish(left, vector),
             entry="matmul_finish",
             block=256,
             grid=lambda rows, _: (-(-results // (256 * vector)), rows, 1),
-            args=lambda at, rows: (self._finish_args(group, lot, slices, at, rows, scaled=scaled),),
+            args=lambda at, rows: (self._finish_args(left, lot, at, rows),),
             outputs=group.outputs if ends else (),
         )
 
-    def _finish_args(
-        self, group: LinearGroup, lot: Sequence[Piece], slices: int, at: Addresses, rows: int, *, scaled: bool = True
-    ) -> FinishArgs:
+    def _finish_args(self, left: LeftProducts, lot: Sequence[Piece], at: Addresses, rows: int) -> FinishArgs:
+        group = left.group
         filled = FinishArgs(
             products=at.matmul + self.scratch.products,
-            scales=at.matmul + self.scratch.scales if scaled else 0,
-            slices=slices,
+            scales=at.matmul + self.scratch.scales if left.scaled else 0,
+            squares=at.matmul + self.scratch.squares if left.lacks_factor else 0,
+            norm_eps=group.norm.eps if group.norm is not None else 0.0,
             rows=rows,
             width=sum(piece.rows for piece in lot),
         )

@@ -37,9 +37,13 @@ class GemvArgs(ctypes.Structure):
 
 
 class MatmulArgs(ctypes.Structure):
-    """``MatmulArgs`` in ``ops/matmul.cu``."""
+    """``MatmulArgs`` in ``ops/matmul_parts.cuh``."""
 
-    _fields_ = [("x", Pointer), ("products", Pointer), ("weights", Pointer * MAX_SEGMENTS), ("rows", Int)]
+    _fields_ = [
+        *((name, Pointer) for name in ("x", "scales", "products")),
+        ("weights", Pointer * MAX_SEGMENTS),
+        ("rows", Int),
+    ]
 
 
 class RingArgs(ctypes.Structure):
@@ -65,9 +69,8 @@ class FinishArgs(ctypes.Structure):
     """``FinishArgs`` in ``ops/finish.cuh``."""
 
     _fields_ = [
-        ("products", Pointer),
-        ("scales", Pointer),
-        ("slices", Int),
+        *((name, Pointer) for name in ("products", "scales", "squares")),
+        ("norm_eps", Float),
         ("rows", Int),
         ("width", Int),
         ("parts", PartArgs * MAX_SEGMENTS),
@@ -78,7 +81,7 @@ class InputArgs(ctypes.Structure):
     """``InputArgs`` in ``ops/matmul_input.cu``."""
 
     _fields_ = [
-        *((name, Pointer) for name in ("x", "norm_weight", "norm_bias", "out", "scales")),
+        *((name, Pointer) for name in ("x", "norm_weight", "norm_bias", "out", "scales", "squares")),
         ("norm_eps", Float),
         ("rows", Int),
         ("products", FinishArgs),

@@ -81,6 +81,7 @@ class Lowering:
         quantize_activations: whether products may take int8 or half-precision activations.
         cublas: whether cuBLAS is there for steps of many rows.
         bulk_copies: whether the card copies to shared memory in bulk (sm_90 and later).
+        wgmma: whether it has products of warpgroups (sm_90 alone).
         crossovers: from how many rows on which way is taken.
         other_gemm_from: other numbers of rows from which on `scratch` is to serve products by cuBLAS.
         paths: the ways that the linear maps of a step go, by rising numbers of rows.
@@ -98,6 +99,7 @@ class Lowering:
     quantize_activations: bool = True
     cublas: bool = False
     bulk_copies: bool = False
+    wgmma: bool = False
     crossovers: RowCrossovers = field(factory=RowCrossovers)
     other_gemm_from: Sequence[int] = ()
     groups: list[Group] = field(init=False, repr=False)
@@ -135,6 +137,7 @@ class Lowering:
             sm_count=self.sm_count,
             quantize_activations=self.quantize_activations,
             bulk_copies=self.bulk_copies,
+            wgmma=self.wgmma,
             ring_rows=self.crossovers.ring_rows,
         )
         self.likeness = Likeness(lambda weight: self._planned[weight].tensor.qtype.name)
@@ -223,7 +226,7 @@ class Lowering:
     def _has_alone(self, path: RowPath) -> bool:
         """Whether rows that are each the only one of its sequence attend in another way than others.
 
-        Only where all products are by rings, which want all shared memory, too: `ops/matmul.cu` lives on the L1 cache.
+        Only where all products are by rings, which want all shared memory, too: the others live on the L1 cache.
         """
         linears = (group for group in map(self.groups.__getitem__, self._each_kind) if isinstance(group, LinearGroup))
         by_rings = path.kind == "matmul" and all(self.linear.is_by_ring(group, path) for group in linears)

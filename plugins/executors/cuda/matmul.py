@@ -2,8 +2,9 @@
 
 Three ways to multiply, by the rows of a step (`RowPath`): ``ops/gemv.cu`` for one row, and where float32 must be
 exact; kernels that expand weights in registers for tensor cores, for some: ``ops/matmul_ring.cu`` where card and shapes
-allow (`ring_shape`), else ``ops/matmul.cu``; a weight expanded to halves in a bounded scratch and cuBLAS for many. How
-much memory that takes does not depend on the types of weights, so `fit` can ask before any is read.
+allow (`ring_shape`), else ``ops/matmul_wgmma.cu`` on compute capability 9.0 and ``ops/matmul.cu`` on all other cards; a
+weight expanded to halves in a bounded scratch and cuBLAS for many. How much memory that takes does not depend on the
+types of weights, so `fit` can ask before any is read.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Literal
 
-from attrs import frozen
+from attrs import astuple, fields, frozen
 
 from mortice.plugins.executors.cuda.fusion import LinearGroup
 
 __all__ = [
     "GEMM_FROM_ROWS",
     "GEMV_PASS",
-    "JOIN_COLUMNS",
     "LEAST_SLICE",
     "MATMUL_TILES",
+    "WGMMA_TILES",
     "AttentionTile",
     "MatmulScratch",
     "MatmulTile",
@@ -29,7 +30,6 @@ __all__ = [
     "RowPath",
     "Slices",
     "attention_tile",
-    "input_threads",
     "joint_scratch",
     "matmul_scratch",
     "pieces_of",
@@ -37,6 +37,7 @@ __all__ = [
     "row_paths",
     "rows_at_once",
     "slices_of",
+    "steps_of",
     "units_of",
 ]
 
@@ -47,20 +48,28 @@ STEP = 128
 """Columns of a step of ``ops/matmul.cu``: a chunk of 32 for each lane of four."""
 
 GEMM_FROM_ROWS = 129
-"""Rows from which expanding weights to memory and cuBLAS is faster than ``ops/matmul.cu``: measured on an H100, see
-docs/design/prefill-performance.md. `mortice.plugins.executors.cuda.crossovers` finds the card's own."""
-
-JOIN_COLUMNS = 20480
-"""Widest row whose products ``ops/matmul_input.cu`` can finish without running out of registers."""
+"""Rows from which expanding weights to memory and cuBLAS is faster than passes of 64: measured on an H100 with
+``ops/matmul.cu``, see docs/design/prefill-performance.md. `mortice.plugins.executors.cuda.crossovers` finds the card's
+own."""
 
 WEIGHT_SCRATCH = 128 << 20
 """Bytes of expanded weights at a time, unless a single 128 outputs need more."""
 
 _MATMUL_ROWS = 256
-"""Rows that ``ops/matmul.cu`` is given at once where there is no cuBLAS."""
+"""Rows given at once to the kernels that expand weights in registers where there is no cuBLAS."""
 
 _SHARED_BYTES = 96 << 10
 """Of a block's input; all cards from compute capability 8.0 on have this much (CUDA C++ Programming Guide)."""
+
+_WGMMA_SHARED_BYTES = 224 << 10
+"""The same where warpgroups multiply, on compute capability 9.0."""
+
+_SUM_BYTES_OF_STEP = 2_400_000
+"""Of sums written and read again in the time that all warpgroups take for so many steps, 1.6 µs: fitted, as the next,
+to an H100's times for 8B with 8 to 64 rows, see docs/design/prefill-performance.md."""
+
+_CHAIN = 0.6
+"""Of that time, what a warpgroup with nothing beside it takes for them."""
 
 LEAST_SLICE = 1024
 """Columns of a tile, where rows are several tiles long."""
@@ -73,18 +82,35 @@ _ALIGNMENT = 256
 
 @frozen(kw_only=True)
 class MatmulTile:
-    """A variant of ``ops/matmul.cu``.
+    """A variant of ``ops/matmul.cu`` or ``ops/matmul_wgmma.cu``.
 
     Attributes:
         rows: of the step served by one pass over the weights.
-        height: times 16 rows of a weight that a warp takes at a time.
+        height: times 16 rows of a weight that are taken at a time.
         threads: of a block.
+        warps: that take them together: one, or the four of a warpgroup by ``ops/matmul_wgmma.cu``.
 
     """
 
     rows: int
     height: int
     threads: int
+    warps: int = 1
+
+    @property
+    def by_warpgroups(self) -> bool:
+        """Whether it is one of ``ops/matmul_wgmma.cu``."""
+        return self.warps > 1
+
+    @property
+    def together(self) -> int:
+        """Steps that a slice is whole lots of: what the kernel loads at once."""
+        return 2 if self.by_warpgroups else 1
+
+    @property
+    def takers(self) -> int:
+        """Warps or warpgroups of a block, which take units by turns."""
+        return self.threads // (32 * self.warps)
 
 
 MATMUL_TILES = (
@@ -94,6 +120,9 @@ MATMUL_TILES = (
     MatmulTile(rows=64, height=2, threads=256),
 )
 """By rows; a step takes the first that holds its rows, or several passes of the last."""
+
+WGMMA_TILES = tuple(MatmulTile(rows=tile.rows, height=4, threads=512, warps=4) for tile in MATMUL_TILES)
+"""What stands in for each where warpgroups multiply."""
 
 
 @frozen(kw_only=True)
@@ -127,8 +156,8 @@ class RowPath:
 
     Attributes:
         kind: see the module.
-        rows: rows of a pass of ``ops/gemv.cu`` or ``ops/matmul.cu``; for cuBLAS those of the passes of maps that need
-            float32.
+        rows: rows of a pass of ``ops/gemv.cu`` or of what expands weights in registers; for cuBLAS those of the passes
+            of maps that need float32.
         least: the fewest rows of a step that goes this way.
         alone: whether each of them is the only one of its sequence, which is for attention to know.
 
@@ -139,10 +168,9 @@ class RowPath:
     least: int
     alone: bool = False
 
-    @property
-    def tile(self) -> MatmulTile:
-        """The variant of ``ops/matmul.cu``."""
-        return next(tile for tile in MATMUL_TILES if tile.rows == self.rows)
+    def tile(self, *, wgmma: bool) -> MatmulTile:
+        """The variant of ``ops/matmul.cu``, or with `wgmma` of ``ops/matmul_wgmma.cu``."""
+        return next(tile for tile in (WGMMA_TILES if wgmma else MATMUL_TILES) if tile.rows == self.rows)
 
 
 @frozen
@@ -151,6 +179,11 @@ class Slices:
 
     count: int
     steps: int
+
+
+def steps_of(columns: int, tile: MatmulTile) -> int:
+    """Steps of a row of so many columns."""
+    return -(-columns // (STEP * tile.together)) * tile.together
 
 
 def slices_of(columns: int, units: int, tile: MatmulTile, sm_count: int) -> Slices:
@@ -163,12 +196,34 @@ def slices_of(columns: int, units: int, tile: MatmulTile, sm_count: int) -> Slic
         sm_count: multiprocessors of the card.
 
     """
+    if tile.by_warpgroups:
+        return _wgmma_slices(columns, units, tile, sm_count)
     steps = -(-columns // STEP)
     most_steps = max(1, _SHARED_BYTES // (2 * STEP * tile.rows))
     warps = sm_count * tile.threads // 32
     wanted = max(-(-steps // most_steps), round(_GOOD_ENOUGH * warps / units), 1)
     each = -(-steps // min(steps, wanted))
     return Slices(count=-(-steps // each), steps=each)
+
+
+def _wgmma_slices(columns: int, units: int, tile: MatmulTile, sm_count: int) -> Slices:
+    """The slices with which the busiest block is done first, what the sums take counted as well.
+
+    Where all warpgroups of a block have units, memory sets the pace, and what counts is the block's steps; the chain of
+    a single one's steps is longer where they have not.
+    """
+    lot = STEP * tile.together
+    whole, most = -(-columns // lot), _WGMMA_SHARED_BYTES // (2 * lot * tile.rows)
+    sums = 4 * tile.rows * units * 16 * tile.height / _SUM_BYTES_OF_STEP
+
+    def cost(each: int) -> float:
+        count = -(-whole // each)
+        of_block = -(-units // max(1, sm_count // count))
+        chain = -(-of_block // tile.takers)
+        return each * max(of_block / tile.takers, _CHAIN * chain) + count * sums
+
+    each = min(range(1, min(whole, most) + 1), key=cost)
+    return Slices(count=-(-whole // each), steps=each * tile.together)
 
 
 @frozen(kw_only=True)
@@ -224,7 +279,8 @@ class MatmulScratch:
 
     Attributes:
         inputs: the input as halves.
-        scales: of its rows.
+        scales: of its rows, or of each slice of them.
+        squares: sums of the squares of the same.
         products: float32 sums.
         weights: expanded weights.
         blas: what cuBLAS works in.
@@ -234,6 +290,7 @@ class MatmulScratch:
 
     inputs: int
     scales: int
+    squares: int
     products: int
     weights: int
     blas: int
@@ -243,7 +300,7 @@ class MatmulScratch:
 def rows_at_once(step_tokens: int, *, exact: bool, cublas: bool) -> int:
     """Rows of a step at most; longer ones are run in parts.
 
-    Several passes of ``ops/matmul.cu`` leave several slices of sums, and gain nothing from more rows.
+    Several passes of what expands weights in registers leave several slices of sums, and gain nothing from more rows.
     """
     return step_tokens if cublas or exact else min(step_tokens, _MATMUL_ROWS)
 
@@ -270,7 +327,7 @@ def row_path(paths: Sequence[RowPath], rows: int, *, alone: bool = False) -> Row
 
 
 def units_of(outputs: Sequence[int], tile: MatmulTile) -> int:
-    """What warps of ``ops/matmul.cu`` take at a time, of all maps of a group."""
+    """What warps or warpgroups take at a time, of all maps of a group."""
     return sum(-(-rows // (16 * tile.height)) for rows in outputs)
 
 
@@ -286,30 +343,33 @@ def matmul_scratch(
         cublas_bytes: what cuBLAS wants for itself.
 
     """
-    inputs = products = weights = most_rows = 0
+    inputs = scales = products = weights = 0
     for group, rows in _different(groups):
         last = row_path(paths, rows)
         by_gemm = last.kind == "gemm"
         most = min(rows, last.least - 1) if by_gemm else rows
-        most_rows = max(most_rows, rows)
+        scales = max(scales, 4 * rows)
         columns = group.linears[0].weight.columns
         outputs = [linear.weight.rows for linear in group.linears]
-        tiles = [path.tile for path in paths if path.kind == "matmul"]
-        for i, tile in enumerate(tiles):
-            if i and most <= tiles[i - 1].rows:
+        ways = [path for path in paths if path.kind == "matmul"]
+        for i, path in enumerate(ways):
+            if i and most <= ways[i - 1].rows:
                 break
-            served = most if tile == MATMUL_TILES[-1] else min(most, tile.rows)
-            passes = -(-served // tile.rows)
-            slices = slices_of(columns, units_of(outputs, tile), tile, sm_count)
-            inputs = max(inputs, 2 * passes * tile.rows * -(-columns // STEP) * STEP)
-            most_slices = max(slices.count, columns // LEAST_SLICE)  # of either kernel
+            served = most if path.rows == MATMUL_TILES[-1].rows else min(most, path.rows)
+            tiles = [path.tile(wgmma=wgmma) for wgmma in (False, True)]
+            width = max(STEP * steps_of(columns, tile) for tile in tiles)
+            inputs = max(inputs, 2 * -(-served // path.rows) * path.rows * width)
+            counts = [slices_of(columns, units_of(outputs, tile), tile, sm_count).count for tile in tiles]
+            most_slices = max(*counts, columns // LEAST_SLICE)  # of any kernel
+            scales = max(scales, 4 * most_slices * served)
             products = max(products, 4 * most_slices * served * sum(outputs))
         if by_gemm:
             inputs = max(inputs, 2 * rows * columns)
             largest = max(sum(piece.rows for piece in lot) for lot in pieces_of(group))
             weights = max(weights, 2 * largest * columns)
             products = max(products, 4 * rows * largest)
-    return _scratch((inputs, 4 * most_rows if inputs else 0, products, weights, cublas_bytes if weights else 0))
+    scales = scales if inputs else 0
+    return _scratch((inputs, scales, scales, products, weights, cublas_bytes if weights else 0))
 
 
 def _different(groups: Sequence[tuple[LinearGroup, int]]) -> Iterable[tuple[LinearGroup, int]]:
@@ -323,21 +383,14 @@ def _different(groups: Sequence[tuple[LinearGroup, int]]) -> Iterable[tuple[Line
 
 def joint_scratch(scratches: Sequence[MatmulScratch]) -> MatmulScratch:
     """One that serves wherever any of those does."""
-    starts = [(each.inputs, each.scales, each.products, each.weights, each.blas, each.nbytes) for each in scratches]
+    starts = [astuple(each) for each in scratches]
     sizes = [[stop - start for start, stop in pairwise(each)] for each in starts]
     return _scratch([max(each) for each in zip(*sizes, strict=True)])
 
 
 def _scratch(sizes: Sequence[int]) -> MatmulScratch:
-    """Inputs, scales, products, weights and cuBLAS's own, one after the other."""
+    """Inputs, scales, squares, products, weights and cuBLAS's own, one after the other."""
     starts = [0]
     for size in sizes:
         starts.append(-(-(starts[-1] + size) // _ALIGNMENT) * _ALIGNMENT)
-    return MatmulScratch(
-        inputs=starts[0], scales=starts[1], products=starts[2], weights=starts[3], blas=starts[4], nbytes=starts[5]
-    )
-
-
-def input_threads(columns: int) -> int:
-    """Threads of a block of ``ops/matmul_input.cu``, which holds a row in registers."""
-    return 256 if columns <= 2048 else 512 if columns <= 32768 else 1024
+    return MatmulScratch(**dict(zip((field.name for field in fields(MatmulScratch)), starts, strict=True)))

@@ -13,7 +13,7 @@ from mortice.plugins.executors.cuda.matmul import LEAST_SLICE, STEP
 __all__ = ["RING_ROWS", "RingShape", "ring_shape"]
 
 RING_ROWS = 16
-"""Rows up to which ``ops/matmul_ring.cu`` is faster than ``ops/matmul.cu``: measured, see
+"""Rows up to which ``ops/matmul_ring.cu`` is faster than the kernels for more: measured, see
 docs/design/prefill-performance.md."""
 
 _RING_BYTES = 225 << 10
@@ -29,6 +29,14 @@ _UNIT = 16
 
 _MOST_SLOTS = 8
 
+_HELPERS, _HELPED_FRAGMENTS = 4, 2
+"""Warps that help, and most steps times eights of rows of a warp with which they do: a fifth warp on a quarter of a
+multiprocessor leaves each 96 registers."""
+
+_EARLY_SLOTS = 2
+"""Slots asked for before the kernel waits, where there are helpers: what is under way delays the input. Of a block with
+no more than these in all, one."""
+
 
 @frozen(kw_only=True)
 class RingShape:
@@ -36,8 +44,10 @@ class RingShape:
 
     Attributes:
         rows: of the step that a block takes.
-        warps: of a block.
+        warps: of a block that multiply.
+        helpers: warps of a block that ask for weights and add sums, or 0 where all do so.
         steps: of 128 columns of a tile that each warp takes.
+        early: slots asked for before the input is read, where there are helpers.
         slots: of the ring, each for 16 rows of tiles.
         slices: tiles along a row; a block takes one of each row.
         units: lots of 16 rows of all weights.
@@ -46,10 +56,17 @@ class RingShape:
 
     rows: int
     warps: int
+    helpers: int
     steps: int
+    early: int
     slots: int
     slices: int
     units: int
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * (self.warps + self.helpers)
 
     def grid(self, rows: int, sm_count: int) -> int:
         """Blocks: one on each multiprocessor, as far as there is work."""
@@ -57,7 +74,7 @@ class RingShape:
         return each * max(1, min(sm_count // each, self.units))
 
 
-def ring_shape(group: LinearGroup, tiles: Sequence[TileGeometry], rows: int) -> RingShape | None:
+def ring_shape(group: LinearGroup, tiles: Sequence[TileGeometry], rows: int, sm_count: int) -> RingShape | None:
     """How ``ops/matmul_ring.cu`` multiplies a group, or None where it does not.
 
     Tiles have to be of one width that fits the registers of a block. Norms need whole rows in a block, gates whole
@@ -67,6 +84,7 @@ def ring_shape(group: LinearGroup, tiles: Sequence[TileGeometry], rows: int) -> 
         group: the maps.
         tiles: of their weights, in order.
         rows: of the step, at most.
+        sm_count: multiprocessors of the card.
 
     """
     columns, slices = tiles[0].tile_columns, tiles[0].tiles_across
@@ -86,16 +104,20 @@ def ring_shape(group: LinearGroup, tiles: Sequence[TileGeometry], rows: int) -> 
         for tile in tiles
     )
     slots = min(_MOST_SLOTS, (_RING_BYTES - sums) // (-(-slot // 128) * 128))
-    units = [-(-tile.rows // _UNIT) for tile in tiles]
     if slots < 2:
         return None
+    of_each = [-(-tile.rows // _UNIT) for tile in tiles]
+    units = of_each[0] if parts == 2 else sum(of_each)
+    of_block = parts * -(-units // max(1, sm_count // slices))
     return RingShape(
         rows=passed,
         warps=warps,
+        helpers=_HELPERS if each * passed // 8 <= _HELPED_FRAGMENTS else 0,
+        early=_EARLY_SLOTS if of_block > _EARLY_SLOTS else 1,
         steps=each,
         slots=slots,
         slices=slices,
-        units=units[0] if parts == 2 else sum(units),
+        units=units,
     )
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from mortice.core.model.operators import Attention, Norm
 from mortice.core.model.weight_plan import PlannedWeight
 from mortice.plugins.executors.cuda.attend_rows import rows_kernel
 from mortice.plugins.executors.cuda.choosing import choice_defines
 from mortice.plugins.executors.cuda.flatten import Headers
-from mortice.plugins.executors.cuda.fusion import LinearGroup, PlaceGroup
+from mortice.plugins.executors.cuda.fusion import PlaceGroup
 from mortice.plugins.executors.cuda.gemv import GemvShape
 from mortice.plugins.executors.cuda.layouts import tile_geometry
-from mortice.plugins.executors.cuda.matmul import AttentionTile, MatmulTile, Slices, input_threads
+from mortice.plugins.executors.cuda.matmul import AttentionTile, MatmulTile, Slices
+from mortice.plugins.executors.cuda.matmul_input import InputCut, LeftProducts
 from mortice.plugins.executors.cuda.matmul_ring import RingShape
 from mortice.plugins.executors.cuda.nvrtc import Source
 
@@ -33,6 +34,8 @@ ACTIVATIONS: Mapping[str | None, str] = {
 }
 _RUN_PAGES = 2
 """Pages of the KV cache worth a block of their own: with 2 or 3, tokens at some hundred positions took longer."""
+_OWN_INSTRUCTIONS = ("-arch=sm_90a",)
+"""Products of warpgroups are of sm_90 alone; the compiler takes the last architecture it is given."""
 _NORMS = {None: "kNoNorm", "rms": "kRmsNorm", "layer": "kLayerNorm"}
 KV_NAMES: Mapping[str, str] = {"f16": "__half", "f32": "float", "q8_0": "Q8"}
 """The C++ types of `mortice.core.model.kv_types.KV_TYPES`, see ``ops/kv_cache.cuh``."""
@@ -91,22 +94,33 @@ class KernelSources:
         return self._source("embed.cu", defines, [qtype])
 
     def matmul_input(
-        self, columns: int, norm: Norm | None, pass_rows: int, joined: LinearGroup | None = None
+        self,
+        columns: int,
+        norm: Norm | None,
+        tile: MatmulTile | None,
+        cut: InputCut,
+        joined: LeftProducts | None = None,
     ) -> Source:
-        """See ``ops/matmul_input.cu``; `joined` is the group whose products are finished there."""
+        """See ``ops/matmul_input.cu``: for a kernel, or without a `tile` rows in order.
+
+        `joined` is what products have left that is finished there.
+        """
         defines: dict[str, str | int] = {
             "COLS": columns,
-            "THREADS": input_threads(columns),
+            "THREADS": cut.threads,
             "NORM": _NORMS[norm.type if norm is not None else None],
-            "PASS": pass_rows,
+            "PASS": tile.rows if tile is not None else 0,
+            "WGMMA": int(tile is not None and tile.by_warpgroups),
+            "FACTOR_LATER": int(cut.factor_later),
+            "PART_STEPS": cut.steps,
+            "SCALES": cut.scales,
             "JOIN": int(joined is not None),
-            "GATED": int(joined is not None and joined.gated is not None),
-            "ACTIVATION": ACTIVATIONS[joined.activation if joined is not None else None],
         }
+        defines |= _finishing(joined) if joined is not None else _NOTHING_FINISHED
         return self._source("matmul_input.cu", defines)
 
     def matmul(self, weights: Sequence[PlannedWeight], columns: int, tile: MatmulTile, slices: Slices) -> Source:
-        """See ``ops/matmul.cu``."""
+        """See ``ops/matmul.cu`` and ``ops/matmul_wgmma.cu``."""
         defines: dict[str, str | int] = {
             "COLS": columns,
             "PASS": tile.rows,
@@ -116,7 +130,10 @@ class KernelSources:
             "SLICE_STEPS": slices.steps,
             "SEGMENTS": _segments(weights),
         }
-        return self._source("matmul.cu", defines, [weight.tensor.qtype.name for weight in weights])
+        qtypes = [weight.tensor.qtype.name for weight in weights]
+        if tile.by_warpgroups:
+            return evolve(self._source("matmul_wgmma.cu", defines, qtypes), options=_OWN_INSTRUCTIONS)
+        return self._source("matmul.cu", defines, qtypes)
 
     def matmul_ring(
         self,
@@ -132,14 +149,9 @@ class KernelSources:
         defines |= {"COLS": weights[0].columns, "SEGMENTS": _segments(weights)}
         return self._source("matmul_ring.cu", defines, [weight.tensor.qtype.name for weight in weights])
 
-    def matmul_finish(self, group: LinearGroup, vector: int) -> Source:
+    def matmul_finish(self, left: LeftProducts, vector: int) -> Source:
         """See ``ops/matmul_finish.cu``."""
-        defines: dict[str, str | int] = {
-            "GATED": int(group.gated is not None),
-            "ACTIVATION": ACTIVATIONS[group.activation],
-            "VECTOR": vector,
-        }
-        return self._source("matmul_finish.cu", defines)
+        return self._source("matmul_finish.cu", {**_finishing(left), "VECTOR": vector})
 
     def dequantise(self, weight: PlannedWeight) -> Source:
         """A weight as halves, row by row, see ``ops/dequantise.cu``."""
@@ -235,11 +247,26 @@ def ring_defines(shape: RingShape, norm: Norm | None, *, gated: bool, activation
     return {
         "PASS": shape.rows,
         "WARPS": shape.warps,
+        "HELPERS": shape.helpers,
+        "EARLY": shape.early,
         "STEPS": shape.steps,
         "SLOTS": shape.slots,
         "NORM": _NORMS[norm.type if norm is not None else None],
         "GATED": int(gated),
         "ACTIVATION": ACTIVATIONS[activation],
+    }
+
+
+_NOTHING_FINISHED: Mapping[str, str | int] = {"SLICES": 1, "NORM_COLS": 0, "GATED": 0, "ACTIVATION": ACTIVATIONS[None]}
+
+
+def _finishing(left: LeftProducts) -> dict[str, str | int]:
+    """The constants of ``ops/finish.cuh``."""
+    return {
+        "SLICES": left.slices,
+        "NORM_COLS": left.group.source.width if left.lacks_factor else 0,
+        "GATED": int(left.group.gated is not None),
+        "ACTIVATION": ACTIVATIONS[left.group.activation],
     }
 
 

@@ -186,7 +186,7 @@ def _window(sizes: Sequence[int], wanted: int) -> slice:
 
 
 def _ring_points(lowering: Lowering, layers: Stretch, ending: Stretch) -> Iterator[TrialPoint]:
-    """Rings against ``ops/matmul.cu``, for each of its tiles that they can stand in for."""
+    """Rings against ``ops/matmul.cu`` or ``ops/matmul_wgmma.cu``, for each tile that they can stand in for."""
     paths = row_paths(min(RING_ROWS, lowering.rows), exact=False, cublas=False)
     for path in paths[1:]:
         samples: dict[Way, Sample] = {}
@@ -200,7 +200,7 @@ def _ring_points(lowering: Lowering, layers: Stretch, ending: Stretch) -> Iterat
 
 
 def _gemm_points(lowering: Lowering, layers: Stretch) -> Iterator[TrialPoint]:
-    """Products by cuBLAS against as many passes of ``ops/matmul.cu``."""
+    """Products by cuBLAS against as many passes of ``ops/matmul.cu`` or ``ops/matmul_wgmma.cu``."""
     if not lowering.cublas:
         return
     last = MATMUL_TILES[-1].rows

@@ -57,6 +57,8 @@ Wanted = tuple[Source, Sequence[str]]
 
 BULK_COPIES = ("sm_90", "sm_100")
 """Those whose multiprocessors bring weights into rings of shared memory, see ``ops/gemv_ring.cuh``."""
+WGMMA = ("sm_90",)
+"""Those with products of warpgroups, see ``ops/wgmma.cuh``."""
 WITHOUT_BULK_COPIES = tuple(arch for arch in ARCHS if arch not in BULK_COPIES)
 
 WITH_THE_TYPES = "tests/plugins/qtypes/test_conformance.py"
@@ -88,7 +90,7 @@ EXCUSED = (
         "one row of float32 activations: the same",
     ),
     Excuse(
-        r"matmul(_ring)? .*-DPASS=(8|16|32|64) ",
+        r"matmul(_ring|_wgmma)? .*-DPASS=(8|16|32|64) ",
         128,
         "512 threads leave each 128 registers, 256 leave 255; with some types a few words do not fit",
     ),
@@ -109,6 +111,7 @@ SOURCES = KernelSources(TRAITS)
 def lowered(plan: WeightPlan, kv_type: str) -> Iterator[Wanted]:
     """The sources of a program, with both kinds of activations, and with rings or without where there are any."""
     ways = [*product((BULK_COPIES, WITHOUT_BULK_COPIES), (True, False), (RING_ROWS,)), (BULK_COPIES, True, 0)]
+    ways += [(WGMMA, True, RING_ROWS), (WGMMA, True, 0)]
     for archs, quantize, ring_rows in ways:
         lowering = Lowering(
             plan=plan,
@@ -118,7 +121,8 @@ def lowered(plan: WeightPlan, kv_type: str) -> Iterator[Wanted]:
             sm_count=132,
             quantize_activations=quantize,
             cublas=True,
-            bulk_copies=archs is BULK_COPIES,
+            bulk_copies=archs in {BULK_COPIES, WGMMA},
+            wgmma=archs is WGMMA,
             crossovers=RowCrossovers(ring_rows=ring_rows),
         )
         parts = [part for path in lowering.paths for part in lowering.launches(path)]
@@ -242,7 +246,7 @@ def types_in(kernels: str, archs: Sequence[str]) -> set[str]:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_products_are_compiled_with_every_type(arch: str) -> None:
     assert types_in("gemv", [arch]) == set(TRAITS)
-    of_rows = types_in("matmul matmul_ring", [arch])
+    of_rows = types_in("matmul matmul_ring matmul_wgmma", [arch])
     assert of_rows == TRAITS.keys() - {"F32"}, "whose products are of float32, by gemv or cuBLAS"
 
 

@@ -12,7 +12,7 @@ import pytest
 from attrs import define, field
 from numpy.typing import NDArray
 
-from mortice.core.model.operators import Add, AddBias, Buffer, GatedAct, Linear, Norm, WeightRef
+from mortice.core.model.operators import Add, AddBias, Buffer, GatedAct, Linear, Norm, NormType, WeightRef
 from mortice.core.model.types import TensorView
 from mortice.core.model.weight_plan import PlannedWeight
 from mortice.plugins.executors.cuda import matmul
@@ -33,6 +33,7 @@ POISON = 0xA5
 LAUNCHES = {
     "matmul_input": "const InputArgs* args",
     "matmul": "const MatmulArgs* args",
+    "matmul_wgmma": "const MatmulArgs* args",
     "matmul_finish": "const FinishArgs* args",
     "dequantise": "const uint64* tiles, const uint64* out, const int* row_groups",
 }
@@ -48,6 +49,7 @@ class Card:
     folder: Path
     rows: int
     gemm_from_rows: int
+    wgmma: bool
     rng: np.random.Generator = field(factory=lambda: np.random.default_rng(3))
     planned: dict[WeightRef, PlannedWeight] = field(factory=dict)
     values: dict[WeightRef | Buffer, Wide] = field(factory=dict)
@@ -100,6 +102,7 @@ class Card:
             scratch=scratch,
             sm_count=SM_COUNT,
             quantize_activations=True,
+            wgmma=self.wgmma,
         )
         nowhere: dict[str, Any] = {"keys": [], "values": [], "rows": StepRows(), "frequencies": {}}
         nowhere |= dict.fromkeys(("selected", "partial", "arrivals"), 0)
@@ -160,7 +163,15 @@ def spread(x: Wide, weight: Wide) -> Wide:
 
 
 WAYS = pytest.mark.parametrize(
-    ("rows", "way"), [(5, "matmul"), (11, "matmul"), (3, "gemm, whole weights"), (3, "gemm, small lots")]
+    ("rows", "way"),
+    [
+        (5, "matmul"),
+        (11, "matmul"),
+        (11, "warpgroups"),
+        (17, "warpgroups"),
+        (3, "gemm, whole weights"),
+        (3, "gemm, small lots"),
+    ],
 )
 
 
@@ -168,7 +179,7 @@ WAYS = pytest.mark.parametrize(
 def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rows: int, way: str) -> Card:
     """One with cuBLAS for any number of rows, or for none."""
     monkeypatch.setattr(matmul, "WEIGHT_SCRATCH", 2 * 256 * (256 if way == "gemm, small lots" else 4096))
-    return Card(tmp_path, rows, gemm_from_rows=1000 if way == "matmul" else 2)
+    return Card(tmp_path, rows, gemm_from_rows=2 if way.startswith("gemm") else 1000, wgmma=way == "warpgroups")
 
 
 @WAYS
@@ -183,7 +194,7 @@ def test_maps_of_one_normed_input_with_biases(card: Card, rows: int, way: str) -
         out = Buffer(name=f"b{i}.out", width=linear.out.width)
         biases.append(AddBias(name=f"b{i}", src=linear.out, out=out, weight=card.vector(f"b{i}", out.width)))
     labels, (found,) = card.run([LinearGroup(norm=norm, linears=linears, biases=(*biases, None))])
-    assert labels.count("gemm") == {"matmul": 0, "gemm, whole weights": 1, "gemm, small lots": 2}[way]
+    assert labels.count("gemm") == {"gemm, whole weights": 1, "gemm, small lots": 2}.get(way, 0)
     x = card.values[source]
     n = x / np.sqrt(np.square(x).mean(axis=1, keepdims=True) + 1e-5) * card.values[weight]
     for values, linear, bias in zip(found, linears, (*biases, None), strict=True):
@@ -208,8 +219,9 @@ def test_a_layers_end_is_finished_where_the_next_one_begins(card: Card, rows: in
         LinearGroup(norm=norm, linears=(last,), biases=(None,)),
     ]
     labels, ((h,), (total,), (found,)) = card.run(groups)
-    # a weight that comes in several lots is finished lot by lot
-    assert labels.count("matmul finish, input") == (0 if way == "gemm, small lots" else 1)
+    # a weight in several lots is finished lot by lot, and a gate only where parts of a row have blocks of their own
+    joined = {"warpgroups": 2, "gemm, small lots": 0}.get(way, 1)
+    assert labels.count("matmul finish, input") == joined
     x = card.values[source]
     g, u = x @ card.values[gate.weight].T, x @ card.values[up.weight].T
     near(h, g / (1 + np.exp(-g)) * u, 2 * np.abs(u) * spread(x, card.values[gate.weight]))
@@ -217,3 +229,31 @@ def test_a_layers_end_is_finished_where_the_next_one_begins(card: Card, rows: in
     near(total, h @ matrix.T + card.values[residual], spread(h, matrix) + np.abs(card.values[residual]))
     n = total / np.sqrt(np.square(total).mean(axis=1, keepdims=True) + 1e-5) * card.values[weight]
     near(found, n @ card.values[last.weight].T, spread(n, card.values[last.weight]))
+
+
+@WAYS
+def test_norms_that_follow_one_another_are_told_apart(card: Card, rows: int, way: str) -> None:
+    """A layer norm sees its row first; of two RMS norms the first one's factor is used before the second's is there."""
+    source = card.input("x", 512)
+    kinds: list[NormType] = ["layer", "rms", "rms"]
+    widths, groups, buffer = (512, 512, 40), [], source
+    for i, (kind, width) in enumerate(zip(kinds, widths, strict=True)):
+        weight, bias = card.vector(f"g{i}", 512), card.vector(f"b{i}", 512) if kind == "layer" else None
+        out = Buffer(name=f"n{i}", width=512)
+        norm = Norm(name=f"norm{i}", src=buffer, out=out, type=kind, eps=1e-5, weight=weight, bias=bias)
+        linear = card.linear(f"w{i}", out, width, "Q4_K")
+        groups.append(LinearGroup(norm=norm, linears=(linear,), biases=(None,)))
+        buffer = linear.out
+    labels, found = card.run(groups)
+    joined = {"gemm, whole weights": 2, "gemm, small lots": 0}.get(way, 1)
+    assert labels.count("matmul finish, input") == joined
+    x = card.values[source]
+    for group, (values,) in zip(groups, found, strict=True):
+        assert group.norm is not None
+        bias = group.norm.bias
+        x = x - x.mean(axis=1, keepdims=True) if group.norm.type == "layer" else x
+        n = x / np.sqrt(np.square(x).mean(axis=1, keepdims=True) + 1e-5) * card.values[group.norm.weight]
+        n = n + (card.values[bias] if bias is not None else 0.0)
+        matrix = card.values[group.linears[0].weight]
+        near(values, n @ matrix.T, spread(n, matrix))
+        x = values

@@ -26,6 +26,7 @@ from mortice.plugins.executors.cuda.matmul import (
     GEMM_FROM_ROWS,
     MATMUL_TILES,
     STEP,
+    WGMMA_TILES,
     attention_tile,
     pieces_of,
     row_path,
@@ -40,6 +41,7 @@ from tests.plugins.qtypes.blocks import TYPES
 from tests.support.tiny import CONTRACTS, QTYPES, REGISTRY
 
 SM_COUNT, ROWS = 132, 600
+PLACES = ("inputs", "scales", "squares", "products", "weights", "blas")
 CARD = DeviceInfo(kind="cuda", name="a GPU", total_bytes=1, free_bytes=1)
 SIZES = {"hidden_size": 512, "ffn_size": 1792, "num_heads": 8, "num_kv_heads": 2}
 
@@ -111,12 +113,13 @@ def test_only_ways_that_steps_can_go_are_built() -> None:
 
 @pytest.mark.parametrize("columns", [32, 96, 128, 576, 4096, 14336, 100_000])
 @pytest.mark.parametrize("units", [1, 36, 256, 1792, 8016])
-@pytest.mark.parametrize("tile", MATMUL_TILES, ids=lambda tile: str(tile.rows))
+@pytest.mark.parametrize("tile", [*MATMUL_TILES, *WGMMA_TILES], ids=lambda tile: f"{tile.rows}-{tile.warps}")
 def test_slices_hold_all_columns_and_fit_a_block(columns: int, units: int, tile: matmul.MatmulTile) -> None:
     slices = slices_of(columns, units, tile, SM_COUNT)
     steps = -(-columns // STEP)
     assert (slices.count - 1) * slices.steps < steps <= slices.count * slices.steps
-    assert slices.steps * STEP * tile.rows * 2 <= 99 << 10
+    assert slices.steps * STEP * tile.rows * 2 <= (224 if tile.by_warpgroups else 99) << 10
+    assert slices.steps % 2 == 0 or not tile.by_warpgroups
 
 
 @pytest.mark.parametrize("scratch", [1 << 10, 300_000, 1 << 20, 1 << 30])
@@ -139,12 +142,16 @@ def test_every_output_is_in_one_piece(tmp_path: Path, monkeypatch: pytest.Monkey
             assert all((lot[0].start, lot[0].stop) == (lot[1].start, lot[1].stop) for lot in lots)
 
 
+@pytest.mark.parametrize("wgmma", [False, True])
 @pytest.mark.parametrize("rings", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 8, 9, 33, GEMM_FROM_ROWS - 1, GEMM_FROM_ROWS, ROWS])
-def test_what_products_work_in_is_inside_its_memory(tmp_path: Path, rows: int, rings: bool) -> None:
-    of = lowering(tmp_path, bulk_copies=rings, sizes={"ffn_size": 8192} if rings else {})
+def test_what_products_work_in_is_inside_its_memory(tmp_path: Path, rows: int, rings: bool, wgmma: bool) -> None:
+    of = lowering(tmp_path, bulk_copies=rings, wgmma=wgmma, sizes={"ffn_size": 8192} if rings else {})
     seen = _places_worked_in(of, rows)
-    wanted: dict[str, set[str]] = {"gemv": set(), "matmul": {"inputs", "scales", "products"}}
+    wanted: dict[str, set[str]] = {
+        "gemv": set(),
+        "matmul": {"inputs", "scales", "squares", "products"},
+    }
     if rings and rows <= RING_ROWS:
         wanted["matmul"] = {"products"}  # of rows that are two tiles long
     assert seen == wanted.get(of.path(rows).kind, {"inputs", "scales", "products", "weights"})
@@ -170,7 +177,7 @@ def _places_worked_in(of: Lowering, rows: int) -> set[str]:
     """What a step works in, each inside its own memory."""
     at, scratch, seen = addresses(of), of.scratch, set()
     body, head = of.launches(of.path(rows))
-    ends = dict(zip(("inputs", "scales", "products", "weights", "blas"), _ends(scratch), strict=True))
+    ends = dict(zip(PLACES, _ends(scratch), strict=True))
     for spec, count in [*((spec, rows) for spec in body), *((spec, min(rows, LOGIT_ROWS)) for spec in head)]:
         for name, start, nbytes in _worked_in(spec, at, count):
             seen.add(name)
@@ -180,7 +187,7 @@ def _places_worked_in(of: Lowering, rows: int) -> set[str]:
 
 
 def _ends(scratch: matmul.MatmulScratch) -> Sequence[int]:
-    return scratch.scales, scratch.products, scratch.weights, scratch.blas, scratch.nbytes
+    return *(getattr(scratch, name) for name in PLACES[1:]), scratch.nbytes
 
 
 def _worked_in(spec: LaunchSpec | GemmSpec, at: Addresses, rows: int) -> list[tuple[str, int, int]]:
@@ -196,30 +203,39 @@ def _worked_in(spec: LaunchSpec | GemmSpec, at: Addresses, rows: int) -> list[tu
     constants = dict(spec.source.defines)
     columns, grid = int(constants.get("COLS", 0)), spec.grid(rows, 2 * SM_COUNT)
     if spec.entry == "matmul_input":
-        steps = -(-columns // STEP) * STEP if constants["PASS"] else columns
-        made = [("inputs", args[0].out, 2 * grid[0] * steps), ("scales", args[0].scales, 4 * rows)]
-        return [*made, *_finished(args[0].products, rows)] if constants["JOIN"] else made
-    if spec.entry == "matmul":
+        step = 2 * STEP if constants["WGMMA"] else STEP
+        steps = -(-columns // step) * step if constants["PASS"] else columns
+        scales = 4 * int(constants["SCALES"]) * rows
+        made = [("inputs", args[0].out, 2 * grid[0] * steps), ("scales", args[0].scales, scales)]
+        if constants["FACTOR_LATER"]:
+            made.append(("squares", args[0].squares, scales))
+        return [*made, *_finished(args[0].products, rows, constants)] if constants["JOIN"] else made
+    if spec.entry in {"matmul", "matmul_wgmma"}:
+        step = 2 * STEP if spec.entry == "matmul_wgmma" else STEP
         width = sum(int(part.rstrip(">")) for part in str(constants["SEGMENTS"]).split(",")[3::4])
-        read = 2 * grid[1] * int(constants["PASS"]) * -(-columns // STEP) * STEP
+        read = 2 * grid[1] * int(constants["PASS"]) * -(-columns // step) * step
         written = 4 * int(constants["SLICES"]) * rows * width
-        return [("inputs", args[0].x, read), ("products", args[0].products, written)]
+        factors = ("scales", args[0].scales, 4 * int(constants["SLICES"]) * rows)
+        return [("inputs", args[0].x, read), factors, ("products", args[0].products, written)]
     if spec.entry == "matmul_ring":
         tiles = str(constants["SEGMENTS"]).replace("Segment<", "").replace(">", "").split(",")
         slices = columns // int(tiles[2])
         return [("products", args[0].products, 4 * slices * rows * sum(map(int, tiles[3::4])))] if slices > 1 else []
     if spec.entry == "matmul_finish":
-        return _finished(args[0], rows)
+        return _finished(args[0], rows, constants)
     if spec.entry == "dequantise":
         tile_rows = int(str(constants["WEIGHT"]).split(",")[1])
         return [("weights", args[1].value, 2 * args[2].value * tile_rows * columns)]
     return []
 
 
-def _finished(args: Any, rows: int) -> list[tuple[str, int, int]]:
+def _finished(args: Any, rows: int, constants: Mapping[str, Any]) -> list[tuple[str, int, int]]:
     assert sum(part.columns for part in args.parts) == args.width
+    slices = int(constants["SLICES"])
+    assert bool(args.squares) == bool(constants["NORM_COLS"])
     scales = [("scales", args.scales, 4 * rows)] if args.scales else []
-    return [("products", args.products, 4 * args.slices * rows * args.width), *scales]
+    squares = [("squares", args.squares, 4 * slices * rows)] if args.squares else []
+    return [("products", args.products, 4 * slices * rows * args.width), *scales, *squares]
 
 
 def test_fit_is_told_the_memory_that_is_taken(tmp_path: Path) -> None:
@@ -267,7 +283,8 @@ def test_products_are_finished_where_the_next_ones_begin(tmp_path: Path) -> None
     layers = len(of.plan.program.kv)
     for path in of.paths:
         labels = [spec.label for spec in of.launches(path)[0]]
-        joins = 0 if path.kind == "gemv" else 2 * layers - 1  # the last layer's end goes to the head
+        # the last layer's end goes to the head; gates wait for blocks of parts of rows
+        joins = {"gemv": 0, "gemm": 2 * layers - 1, "matmul": 3 * layers - 1}[path.kind]
         assert labels.count("matmul finish, input") == joins
 
 

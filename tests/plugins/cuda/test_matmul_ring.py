@@ -22,6 +22,8 @@ from tests.support.tensor_kernels import Wide, compiled, inputs, run, tame
 
 pytestmark = needs_cpu_compiler
 
+SM_COUNT = 5
+
 
 def ring_group(
     outputs: Sequence[int],
@@ -73,7 +75,7 @@ class RingCase:
         """What is found and what is wanted, (rows, all outputs)."""
         group = ring_group([n for _, n in self.maps], self.columns, **self.kinds)
         tiles = [tile_geometry(TYPES[name].qtype, n, self.columns) for name, n in self.maps]
-        shape = ring_shape(group, tiles, self.path_rows)
+        shape = ring_shape(group, tiles, self.path_rows, SM_COUNT)
         assert shape is not None
         raws = [tame(name, n, self.columns, self.rng) for name, n in self.maps]
         held = [
@@ -105,7 +107,7 @@ class RingCase:
             {**constants, "COLS": self.columns, "SEGMENTS": segments, "SLOTS": min(3, shape.slots)},
             sorted({name for name, _ in self.maps}),
         )
-        run(library, args, (shape.grid(self.rows, 5), 1, 1), 32 * shape.warps)
+        run(library, args, (shape.grid(self.rows, SM_COUNT), 1, 1), shape.threads)
 
         n = x.astype(np.float64)
         if group.norm is not None:
@@ -160,3 +162,17 @@ def test_rings_do_what_precedes_and_what_follows_products(
     assert np.isfinite(found).all(), "every result is written"
     off = np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
     assert off.max() < 3e-3, off
+
+
+@pytest.mark.parametrize(
+    ("outputs", "columns", "early"),
+    [([4096], 4096, 1), ([4096, 1024, 1024], 4096, 2), ([14336, 14336], 4096, 2), ([4096], 14336, 2), ([128], 4096, 1)],
+    ids=["two slots a block", "three", "many", "several tiles long", "one"],
+)
+def test_a_block_does_not_ask_for_all_its_weights_before_it_reads_its_input(
+    outputs: Sequence[int], columns: int, early: int
+) -> None:
+    tiles = [tile_geometry(TYPES["Q4_K"].qtype, n, columns) for n in outputs]
+    shape = ring_shape(ring_group(outputs, columns), tiles, 8, 132)
+    assert shape is not None
+    assert shape.early == early

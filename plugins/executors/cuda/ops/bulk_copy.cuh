@@ -33,6 +33,10 @@ __device__ __forceinline__ void expect_bytes(uint64* barrier, uint32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
 
+__device__ __forceinline__ void arrive(uint64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
 __device__ __forceinline__ void copy_bulk(uint8* to, const uint8* from, uint32 bytes, uint64* barrier, uint64 policy) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
@@ -46,6 +50,15 @@ __device__ __forceinline__ void copy_bulk(uint8* to, const uint8* from, uint32 b
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)), "l"(from),
         "r"(bytes), "r"(shared_address(barrier))
         : "memory");
+}
+
+// A barrier of some warps, `threads` threads in all: to wait for it, or only to say that this warp is there. What made
+// `read` has happened by then.
+__device__ __forceinline__ void wait_for_part(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void arrive_for_part(int barrier, int threads, int read) {
+    asm volatile("// %2\nbar.arrive %0, %1;" ::"r"(barrier), "r"(threads), "r"(read) : "memory");
 }
 
 #endif

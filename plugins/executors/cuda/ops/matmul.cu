@@ -8,75 +8,15 @@
 //
 // Slices leave sums of their own, (SLICES, rows, total rows of the weights), which matmul_finish.cu adds.
 //
-// Block (slice + SLICES * column of blocks, pass). Compile-time: COLS columns; PASS rows of x a pass (a multiple of 8);
-// THREADS; HEIGHT; SLICES of SLICE_STEPS steps of 128 columns; SEGMENTS, a list of
-// Segment<type, tile rows, tile columns, rows>.
-#include "activations.cuh"
-#include "expand.cuh"
-#include "tile.cuh"
+// x is laid out as (passes, kSteps, 4, kTiles, 32) times eight halves. Block (slice + SLICES * column of blocks, pass).
+// Compile-time: PASS rows of x a pass (a multiple of 8); THREADS; SLICES of SLICE_STEPS steps of 128 columns; and what
+// matmul_parts.cuh names.
+#include "matmul_parts.cuh"
 
-constexpr int kMaxSegments = 4;
 constexpr int kTiles = PASS / 8;
 constexpr int kSteps = ceil_div(COLS, 128);  // a step is four chunks of 32, one for each lane of a quad
 constexpr int kStepParts = 4 * kTiles * kWarp;
-constexpr int kUnitRows = 16 * HEIGHT;
 constexpr int kTogether = kTiles < 4 ? kTiles : 4;  // tiles whose products follow one another, for none waits for another
-
-struct MatmulArgs {
-    const uint4* x;    // (passes, kSteps, 4, kTiles, 32), eight halves each
-    float* products;   // (SLICES, rows, total)
-    const uint8* weights[kMaxSegments];
-    int rows;
-};
-
-// Memory that only asks the L2 cache for what a type would load.
-struct L2Prefetch {
-    static __device__ __forceinline__ uint32 touch(const uint8* p) {
-#ifdef __CUDA_ARCH__
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-#endif
-        return 0;
-    }
-    static __device__ __forceinline__ uint4 u128(const uint8* p) { return make_uint4(touch(p), 0, 0, 0); }
-    static __device__ __forceinline__ uint2 u64(const uint8* p) { return make_uint2(touch(p), 0); }
-    static __device__ __forceinline__ uint32 u32(const uint8* p) { return touch(p); }
-    static __device__ __forceinline__ uint32 u16(const uint8* p) { return touch(p); }
-    static __device__ __forceinline__ uint32 u8(const uint8* p) { return touch(p); }
-};
-
-template <class Q_, int kTileRows, int kTileCols, int kRows_>
-struct Segment {
-    using Q = Q_;
-    using T = Tile<Q, kTileRows, kTileCols>;
-    static constexpr int kRows = kRows_;
-    static constexpr int kUnits = ceil_div(kRows, kUnitRows);
-    static constexpr int kTilesAcross = COLS / kTileCols;
-
-    static_assert(COLS % kTileCols == 0 && kRows % kTileRows == 0, "tiles cover the weight");
-
-    // The chunk this lane takes in step `step`, of its row of the eight that are number `eight` of a unit. Rows past the
-    // end are the last one again; past the end of the columns x is zero, whatever the chunk.
-    template <class Memory>
-    static __device__ __forceinline__ typename Q::Weight32 load(const uint8* weight, int unit, int eight, int step) {
-        const int lane = threadIdx.x % kWarp;
-        return load_chunk<Memory>(weight, unit * kUnitRows + 8 * eight + lane / 4, 4 * step + lane % 4);
-    }
-    template <class Memory>
-    static __device__ __forceinline__ typename Q::Weight32 load_chunk(const uint8* weight, int row, int chunk) {
-        row = min(row, kRows - 1);
-        chunk = min(chunk, COLS / 32 - 1);
-        const int across = kTilesAcross == 1 ? 0 : chunk / T::kRowChunks;
-        const uint8* tile = weight + (static_cast<uint64>(row / T::kRows) * kTilesAcross + across) * T::kBytes;
-        return T::template load<Memory>(tile, row % T::kRows, chunk - across * T::kRowChunks);
-    }
-};
-
-template <class... S>
-struct SegmentList {
-    static constexpr int kUnits = (S::kUnits + ...);
-    static constexpr int kTotal = (S::kRows + ...);
-};
-using Segments = SegmentList<SEGMENTS>;
 
 // What a launch has to ask for. Read by the host.
 extern "C" __device__ const int shared_bytes = SLICE_STEPS * kStepParts * 16;
@@ -126,29 +66,22 @@ __device__ __forceinline__ void add_step(const typename Q::Weight32 (&w)[HEIGHT]
     }
 }
 
-// Asks the L2 cache for `count` times eight chunks of each row of a unit, from chunk `first` on: 128 bytes of a plane of
-// 4-bit integers, and no more of any other.
-template <class S>
-__device__ __forceinline__ void fetch(const uint8* weight, int unit, int first, int count) {
-    for (int i = threadIdx.x % kWarp; i < count * kUnitRows; i += kWarp) {
-        S::template load_chunk<L2Prefetch>(weight, unit * kUnitRows + i % kUnitRows, first + i / kUnitRows * 8);
-    }
-}
-
 // The chunks of some steps of a unit.
 template <class S>
 struct Chunks {
     static constexpr int kSteps = kInFlight<typename S::Q>;
     typename S::Q::Weight32 of[kSteps][HEIGHT][2];
 
-    // Those from step `step` on, of `steps` that begin at `first`.
+    // Those from step `step` on, of `steps` that begin at `first`: of this lane's rows the chunk that is its own.
     __device__ __forceinline__ void load(const uint8* weight, int unit, int first, int step, int steps) {
+        const int lane = threadIdx.x % kWarp, row = unit * kUnitRows + lane / 4;
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) {
             if (step + i >= steps) break;
 #pragma unroll
             for (int h = 0; h < 2 * HEIGHT; ++h) {
-                of[i][h / 2][h % 2] = S::template load<GlobalStream>(weight, unit, h, first + step + i);
+                const int chunk = 4 * (first + step + i) + lane % 4;
+                of[i][h / 2][h % 2] = S::template load<GlobalStream>(weight, row + 8 * h, chunk);
             }
         }
     }
@@ -179,63 +112,50 @@ __device__ __forceinline__ void unit_sums(const uint8* weight, int unit, int fir
 // Units of all segments are numbered through; this takes number `unit`. `column` is the segment's first one.
 template <int kIndex, class S, class... Rest>
 __device__ __forceinline__ void run_unit(const MatmulArgs& args, int unit, int column, int first, int steps,
-                                         const uint4* inputs) {
+                                         const uint4* inputs, const float* scales) {
     if (unit >= S::kUnits) {
         if constexpr (sizeof...(Rest) > 0) {
-            run_unit<kIndex + 1, Rest...>(args, unit - S::kUnits, column + S::kRows, first, steps, inputs);
+            run_unit<kIndex + 1, Rest...>(args, unit - S::kUnits, column + S::kRows, first, steps, inputs, scales);
         }
         return;
     }
     float sums[HEIGHT][kTiles][4] = {};
     unit_sums<S>(args.weights[kIndex], unit, first, steps, inputs, sums);
-    const int lane = threadIdx.x % kWarp, slice = blockIdx.x % SLICES;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int row = blockIdx.y * PASS + tile * 8 + lane % 4 * 2 + i;
+            const int token = tile * 8 + threadIdx.x % 4 * 2 + i, row = blockIdx.y * PASS + token;
             if (row >= args.rows) continue;
-            float* out = args.products + (static_cast<size_t>(slice) * args.rows + row) * Segments::kTotal + column;
+            float* out = args.products + of_slice(args, row) * Segments::kTotal + column;
 #pragma unroll
             for (int h = 0; h < 2 * HEIGHT; ++h) {
-                const int at = unit * kUnitRows + 8 * h + lane / 4;
-                if (at < S::kRows) out[at] = sums[h / 2][tile][h % 2 * 2 + i];
+                const int at = unit * kUnitRows + 8 * h + threadIdx.x % kWarp / 4;
+                if (at < S::kRows) out[at] = sums[h / 2][tile][h % 2 * 2 + i] * scales[token];
             }
         }
     }
 }
 template <class... S>
 __device__ __forceinline__ void run(SegmentList<S...>, const MatmulArgs& args, int unit, int first, int steps,
-                                    const uint4* inputs) {
-    run_unit<0, S...>(args, unit, 0, first, steps, inputs);
-}
-
-// Asks the L2 cache for the first weights of a unit; they do not depend on the kernel before.
-template <int kIndex, class S, class... Rest>
-__device__ __forceinline__ void prefetch_unit(const MatmulArgs& args, int unit, int first, int steps) {
-    if (unit >= S::kUnits) {
-        if constexpr (sizeof...(Rest) > 0) prefetch_unit<kIndex + 1, Rest...>(args, unit - S::kUnits, first, steps);
-        return;
-    }
-    fetch<S>(args.weights[kIndex], unit, 4 * first, ceil_div(min(steps, 8), 2));
-}
-template <class... S>
-__device__ __forceinline__ void prefetch(SegmentList<S...>, const MatmulArgs& args, int unit, int first, int steps) {
-    prefetch_unit<0, S...>(args, unit, first, steps);
+                                    const uint4* inputs, const float* scales) {
+    run_unit<0, S...>(args, unit, 0, first, steps, inputs, scales);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) matmul(const __grid_constant__ MatmulArgs args) {
     extern __shared__ __align__(16) uint4 inputs[];
+    __shared__ float scales[PASS];
     const int slice = blockIdx.x % SLICES, columns = gridDim.x / SLICES;
     const int first = slice * SLICE_STEPS, steps = min(SLICE_STEPS, kSteps - first);
     // neighbouring blocks take neighbouring units, warp after warp
     int unit = threadIdx.x / kWarp * columns + blockIdx.x / SLICES;
 
     let_next_kernel_start();
-    if (unit < Segments::kUnits) prefetch(Segments{}, args, unit, first, steps);
+    if (unit < Segments::kUnits) prefetch(Segments{}, args, unit, first, steps, kWarp);
     wait_for_previous_kernel();
     const uint4* x = args.x + (static_cast<size_t>(blockIdx.y) * kSteps + first) * kStepParts;
     for (int i = threadIdx.x; i < steps * kStepParts; i += THREADS) inputs[i] = __ldcg(x + i);
+    if (threadIdx.x < PASS) scales[threadIdx.x] = read_scale(args, threadIdx.x);
     __syncthreads();
-    for (; unit < Segments::kUnits; unit += columns * (THREADS / kWarp)) run(Segments{}, args, unit, first, steps, inputs);
+    for (; unit < Segments::kUnits; unit += columns * (THREADS / kWarp)) run(Segments{}, args, unit, first, steps, inputs, scales);
 }

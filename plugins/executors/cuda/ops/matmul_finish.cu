@@ -1,6 +1,6 @@
 // Products of tensor cores to results in float32, see finish.cuh. Block (columns, row).
 //
-// Compile-time: GATED, ACTIVATION, and VECTOR: 4, or 1 where a part's columns are not a multiple of 4.
+// Compile-time: what finish.cuh names, and VECTOR: 4, or 1 where a part's columns are not a multiple of 4.
 #include "finish.cuh"
 
 extern "C" __global__ void __launch_bounds__(256) matmul_finish(const __grid_constant__ FinishArgs args) {

@@ -4,8 +4,12 @@
 // The warps of a block share the columns of a tile, each a few steps of 128, and keep their columns of x in registers,
 // as halves in the order that mma.m16n8k16 takes them, scaled by a power of two a row (each warp its own). Weights come
 // 16 rows (a unit) at a time through a ring of shared memory that bulk copies fill, the first slots before the kernel waits
-// for the one before it. A warp expands its columns of a unit into fragments (expand.cuh); the sums of the warps are added
-// in shared memory, and what follows the products is done there.
+// for the one before it. A warp expands its columns of a unit into fragments (expand.cuh) and leaves its sums in shared
+// memory, where they are added; what follows the products is done there.
+//
+// With HELPERS, that many further warps ask for weights, add the sums of the others and go on with them; barriers in shared
+// memory tell who may go on, and no warp waits for all others. They leave the others fewer registers (a quarter of a
+// multiprocessor has five warps instead of four). Without, all warps do so between two barriers of the block.
 //
 // Where rows are several tiles long (kSlices), a block takes one tile of each, and its sums go to `products`, (slices,
 // rows, total rows of the weights), which matmul_finish.cu adds.
@@ -13,56 +17,89 @@
 // A block takes PASS rows of x; the blocks of further passes take the same weights at the same time, which then come out
 // of the L2 cache. Block x is slice + kSlices * (pass + passes * column of blocks).
 //
-// Compile-time: COLS columns; PASS rows of x a pass (8 or 16); WARPS; STEPS a warp; SLOTS of the ring; NORM (kNoNorm,
-// kRmsNorm); GATED (two segments, gate and up, give one result); ACTIVATION; SEGMENTS, a list of Segment<type, tile rows,
-// tile columns, rows>.
+// Compile-time: COLS columns; PASS rows of x a pass (8 or 16); WARPS that multiply; HELPERS; STEPS a warp; SLOTS of the
+// ring, EARLY of them asked for before the input is read, where there are helpers: what is under way delays the input; NORM
+// (kNoNorm, kRmsNorm); GATED (two segments, gate and up, give one result); ACTIVATION; SEGMENTS, a list of Segment<type,
+// tile rows, tile columns, rows>.
 #include "bulk_copy.cuh"
 #include "elementwise.cuh"
 #include "matmul_ring_input.cuh"
+#include "matmul_ring_sums.cuh"
 
-// The weights a block reads, in order, and the slots they come to.
-struct Ring {
-    uint8* slots;
-    uint64* barriers;
-    int unit, part = 0;  // to be asked for next
-    int asked = 0, taken = 0;
+// A place in a ring, and the parity of its round.
+template <int kPlaces>
+struct Place {
+    int at = 0;
     uint32 parity = 0;
-    uint64 policy;
-
-    __device__ __forceinline__ const uint8* take() const {
-        wait_arrival(barriers + taken, parity);
-        return slots + taken * Segments::kSlotBytes;
-    }
     __device__ __forceinline__ void next() {
-        if (++taken == SLOTS) taken = 0, parity ^= 1;
+        if (++at == kPlaces) at = 0, parity ^= 1;
     }
+};
 
-    // This warp's share of the tiles of a slot.
+struct Barriers {
+    uint64 filled[SLOTS], left[SLOTS];               // slots: the weights are there; all warps have read them
+    uint64 summed[kSumBuffers], added[kSumBuffers];  // buffers: the sums of all warps are there; they have been added
+
+    __device__ __forceinline__ void start() {
+        for (int i = 0; i < SLOTS; ++i) start_barrier(filled + i, kAskers), start_barrier(left + i, WARPS);
+        for (int i = 0; i < kSumBuffers; ++i) start_barrier(summed + i, WARPS), start_barrier(added + i, kAskers);
+        publish_barriers();
+    }
+};
+
+// Tells a barrier that this warp has done its part; who waits for it sees what the lanes did before.
+__device__ __forceinline__ void warp_arrives(uint64* barrier) {
+    __syncwarp();
+    if (threadIdx.x % kWarp == 0) arrive(barrier);
+}
+
+// Where in the launch a block is.
+struct Share {
+    int slice, first;  // tile of each row; row of x
+    int unit, stride;  // the first of its units, and to the next
+    __device__ __forceinline__ explicit Share(const MatmulRingArgs& args) {
+        const int block = blockIdx.x, passes = ceil_div(args.rows, PASS);
+        slice = block % kSlices, first = block / kSlices % passes * PASS;
+        unit = block / (kSlices * passes), stride = gridDim.x / (kSlices * passes);
+    }
+};
+
+// ---- weights
+
+// The weights a block reads, in order, and the slots they come to. Those who ask do so each for its share.
+struct Asking {
+    uint8* slots;
+    uint64* filled;
+    int slice, unit, stride;
+    int part = 0, slot = 0;  // to be asked for next, and where it comes to
+    uint64 policy = read_once_policy();
+
     template <class S>
-    __device__ __forceinline__ void copy(const uint8* weight, int of_unit, int slice) {
+    __device__ __forceinline__ void copy(const uint8* weight, int of_unit) {
         const int tiles = min(S::kTilesDown, S::kRows / S::T::kRows - of_unit * S::kTilesDown);
         if (threadIdx.x % kWarp != 0) return;
-        const int first = threadIdx.x / kWarp, count = max(0, ceil_div(tiles - first, WARPS));
-        expect_bytes(barriers + asked, count * S::T::kBytes);
-        for (int tile = first; tile < tiles; tile += WARPS) {
+        const int mine = asking_thread() / kWarp, count = max(0, ceil_div(tiles - mine, kAskers));
+        expect_bytes(filled + slot, count * S::T::kBytes);
+        for (int tile = mine; tile < tiles; tile += kAskers) {
             const uint8* from = weight + (static_cast<uint64>(of_unit * S::kTilesDown + tile) * kSlices + slice) * S::T::kBytes;
-            copy_bulk(slots + asked * Segments::kSlotBytes + tile * S::kTileBytes, from, S::T::kBytes, barriers + asked, policy);
+            copy_bulk(slots + slot * Segments::kSlotBytes + tile * S::kTileBytes, from, S::T::kBytes, filled + slot, policy);
         }
     }
     template <int kIndex, class S, class... Rest>
-    __device__ __forceinline__ void ask_segment(const MatmulRingArgs& args, int of_unit, int slice) {
-        if (GATED ? part == kIndex : of_unit < S::kUnits) return copy<S>(args.segments[kIndex].weight, of_unit, slice);
-        if constexpr (sizeof...(Rest) > 0) ask_segment<kIndex + 1, Rest...>(args, GATED ? of_unit : of_unit - S::kUnits, slice);
+    __device__ __forceinline__ void ask_segment(const MatmulRingArgs& args, int of_unit) {
+        if (GATED ? part == kIndex : of_unit < S::kUnits) return copy<S>(args.segments[kIndex].weight, of_unit);
+        if constexpr (sizeof...(Rest) > 0) ask_segment<kIndex + 1, Rest...>(args, GATED ? of_unit : of_unit - S::kUnits);
     }
-    // All warps ask, each for its share.
     template <class... S>
-    __device__ __forceinline__ void ask(SegmentList<S...>, const MatmulRingArgs& args, int slice, int stride) {
+    __device__ __forceinline__ void ask(SegmentList<S...>, const MatmulRingArgs& args) {
         if (unit >= Segments::kUnits) return;
-        ask_segment<0, S...>(args, unit, slice);
-        if (++asked == SLOTS) asked = 0;
+        ask_segment<0, S...>(args, unit);
+        if (++slot == SLOTS) slot = 0;
         if (++part == kParts) part = 0, unit += stride;
     }
 };
+
+// ---- products
 
 // One step: the products of 16 rows by 128 columns with all rows of x.
 template <class Q>
@@ -86,168 +123,146 @@ __device__ __forceinline__ void add_step(const typename Q::Weight32 (&w)[2], con
     }
 }
 
-// This warp's sums of the 16 rows in a slot, to shared memory.
+// This warp's sums of the 16 rows in a slot, which it then leaves.
 template <class S>
-__device__ __forceinline__ void add_slot(const uint8* slot, const Input& input, float* out) {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    float sums[kTiles][4] = {};
+__device__ __forceinline__ void add_slot(const uint8* slot, uint64* left, const Input& input, float (&sums)[kTiles][4]) {
+    const int first = static_cast<int>(threadIdx.x) / kWarp * STEPS;
 #pragma unroll
-    for (int i = 0; i < STEPS; ++i) {
-        const int step = warp * STEPS + i;
-        if (kSteps % STEPS != 0 && step >= kSteps) break;
-        const typename S::Q::Weight32 w[2] = {S::load(slot, 0, step), S::load(slot, 1, step)};
+    for (int i = 0; i < STEPS; ++i) {  // past the last step x is zero
+        const typename S::Q::Weight32 w[2] = {S::load(slot, 0, first + i), S::load(slot, 1, first + i)};
+        if (HELPERS > 0 && i == STEPS - 1) warp_arrives(left);
         add_step<typename S::Q>(w, input.b[i], sums);
-    }
-    out += warp * kSumsWarp + lane / 4;
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-        float* at = out + (8 * tile + lane % 4 * 2) * kSumsRow;
-        at[0] = sums[tile][0] * input.inverse[tile].x;
-        at[kSumsRow] = sums[tile][1] * input.inverse[tile].y;
-        at[8] = sums[tile][2] * input.inverse[tile].x;
-        at[kSumsRow + 8] = sums[tile][3] * input.inverse[tile].y;
     }
 }
 
 template <int kIndex, class S, class... Rest>
-__device__ __forceinline__ void add_segment(const uint8* slot, int index, int unit, const Input& input, float* out) {
-    if (GATED ? index == kIndex : unit < S::kUnits) return add_slot<S>(slot, input, out);
-    if constexpr (sizeof...(Rest) > 0) add_segment<kIndex + 1, Rest...>(slot, index, GATED ? unit : unit - S::kUnits, input, out);
+__device__ __forceinline__ void add_segment(const uint8* slot, uint64* left, int part, int unit, const Input& input,
+                                            float (&sums)[kTiles][4]) {
+    if (GATED ? part == kIndex : unit < S::kUnits) return add_slot<S>(slot, left, input, sums);
+    if constexpr (sizeof...(Rest) > 0) {
+        add_segment<kIndex + 1, Rest...>(slot, left, part, GATED ? unit : unit - S::kUnits, input, sums);
+    }
 }
 template <class... S>
-__device__ __forceinline__ void add(SegmentList<S...>, const uint8* slot, int part, int unit, const Input& input, float* out) {
-    add_segment<0, S...>(slot, part, unit, input, out);
+__device__ __forceinline__ void add(SegmentList<S...>, const uint8* slot, uint64* left, int part, int unit, const Input& input,
+                                    float (&sums)[kTiles][4]) {
+    add_segment<0, S...>(slot, left, part, unit, input, sums);
 }
 
-// Four neighbouring lanes add the sums of the warps for one result; one of them goes on with it.
-constexpr int kResultLanes = 4;
-constexpr int kResultRounds = ceil_div(kUnitRows * PASS, kThreads / kResultLanes);
+// ---- who does what
 
-struct Result {
-    int row, at;  // of the pass, of the unit
-    __device__ __forceinline__ explicit Result(int round) {
-        const int index = round * (kThreads / kResultLanes) + static_cast<int>(threadIdx.x) / kResultLanes;
-        at = index % kUnitRows, row = index / kUnitRows;
-    }
-    __device__ __forceinline__ bool inside() const { return row < PASS; }
-};
+// A warp that multiplies.
+struct Multiplying {
+    Barriers& barriers;
+    const uint8* slots;
+    float* sums;
+    const Input& input;
+    Place<SLOTS> slot = {};
 
-__device__ __forceinline__ float whole_sum(const float* sums, const Result& result) {
-    float sum = 0.f;
-    if (result.inside()) {
-        const float* p = sums + result.row * kSumsRow + result.at;
-#pragma unroll
-        for (int warp = 0; warp < WARPS; warp += kResultLanes) {
-            const int mine = warp + static_cast<int>(threadIdx.x) % kResultLanes;
-            if (WARPS % kResultLanes == 0 || mine < WARPS) sum += p[mine * kSumsWarp];
-        }
-    }
-    return lanes_sum<kResultLanes>(sum);
-}
-
-// Where the results of a unit go, and what is added to them: asked for before the products.
-struct Target {
-    int rows = 0, first = 0, column = 0;  // of the weight; the unit's first row in it; the weight's first row in all
-    float bias[kParts][kResultRounds], residual[kResultRounds];
-    float* out;
-
-    template <int kIndex, class S, class... Rest>
-    __device__ __forceinline__ void find(const MatmulRingArgs& args, int pass_first, int unit) {
-        if (!GATED && unit >= S::kUnits) {
-            column += S::kRows;
-            if constexpr (sizeof...(Rest) > 0) find<kIndex + 1, Rest...>(args, pass_first, unit - S::kUnits);
-            return;
-        }
-        rows = S::kRows, first = unit * kUnitRows, out = args.segments[kIndex].out;
-#pragma unroll
-        for (int round = 0; round < kResultRounds; ++round) {
-            const Result result(round);
-            const int row = first + result.at, x_row = pass_first + result.row;
-            const bool there = kSlices == 1 && result.inside() && x_row < args.rows && row < rows;
-#pragma unroll
-            for (int part = 0; part < kParts; ++part) {
-                const float* from = args.segments[kIndex + part].bias;
-                bias[part][round] = there && from != nullptr ? from[row] : 0.f;
-            }
-            const float* from = args.segments[kIndex].residual;
-            residual[round] = there && from != nullptr ? from[static_cast<size_t>(x_row) * rows + row] : 0.f;
-        }
+    // The products of part `part` of a unit, to a buffer of sums; where there are helpers, when they have `added` what was
+    // there.
+    __device__ __forceinline__ void multiply(int unit, int part, int buffer, uint32 added) {
+        float mine[kTiles][4] = {};
+        wait_arrival(barriers.filled + slot.at, slot.parity);
+        add(Segments{}, slots + slot.at * Segments::kSlotBytes, barriers.left + slot.at, part, unit, input, mine);
+        slot.next();
+        if (HELPERS > 0 && part == 0) wait_arrival(barriers.added + buffer, added);
+        put_sums(mine, input, sums + (buffer * kParts + part) * kSumsPart);
     }
 };
-template <class... S>
-__device__ __forceinline__ void find_target(SegmentList<S...>, const MatmulRingArgs& args, int first, int unit, Target& target) {
-    target.find<0, S...>(args, first, unit);
+
+__device__ __forceinline__ void multiply_all(Multiplying& multiplying, const Share& share) {
+    Place<kSumBuffers> buffer;
+#pragma unroll 1
+    for (int unit = share.unit; unit < Segments::kUnits; unit += share.stride, buffer.next()) {
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) multiplying.multiply(unit, part, buffer.at, buffer.parity ^ 1);
+        warp_arrives(multiplying.barriers.summed + buffer.at);
+    }
 }
 
-__device__ __forceinline__ void store(const MatmulRingArgs& args, int first, int slice, const Target& target, const float* sums,
-                                      const float* factors) {
-#pragma unroll
-    for (int round = 0; round < kResultRounds; ++round) {
-        const Result result(round);
-        float value = whole_sum(sums, result);
-        const float other = GATED ? whole_sum(sums + kSumsPart, result) : 0.f;
-        const int row = target.first + result.at, x_row = first + result.row;
-        if (threadIdx.x % kResultLanes != 0 || !result.inside() || x_row >= args.rows || row >= target.rows) continue;
-        if constexpr (kSlices > 1) {
-            args.products[(static_cast<size_t>(slice) * args.rows + x_row) * Segments::kTotal + target.column + row] = value;
-        } else {
-            const float factor = NORM == kRmsNorm ? factors[result.row] : 1.f;
-            value = activate<ACTIVATION>(value * factor + target.bias[0][round]);
-            if constexpr (GATED) value *= other * factor + target.bias[kParts - 1][round];
-            target.out[static_cast<size_t>(x_row) * target.rows + row] = value + target.residual[round];
+// What the helpers do: ask for what comes to a slot that all warps have left, and go on with sums.
+__device__ __forceinline__ void help(const MatmulRingArgs& args, Barriers& barriers, Asking& asking, const float* sums,
+                                     const float* factors, const Share& share) {
+    Place<SLOTS> slot;
+    Place<kSumBuffers> buffer;
+#pragma unroll 1
+    for (int unit = share.unit; unit < Segments::kUnits; unit += share.stride, buffer.next()) {
+        Target target;
+        find_target(Segments{}, args, share.first, unit, target);
+#pragma unroll 1
+        for (int part = 0; part < kParts; ++part, slot.next()) {
+            wait_arrival(barriers.left + slot.at, slot.parity);
+            asking.ask(Segments{}, args);
         }
+        wait_arrival(barriers.summed + buffer.at, buffer.parity);
+        store(args, share.first, share.slice, target, sums + buffer.at * kParts * kSumsPart, factors);
+        warp_arrives(barriers.added + buffer.at);
+    }
+}
+
+// All that without helpers.
+__device__ __forceinline__ void take_turns(const MatmulRingArgs& args, Multiplying& multiplying, Asking& asking, const float* factors,
+                                           const Share& share) {
+    int buffer = 0;
+#pragma unroll 1
+    for (int unit = share.unit; unit < Segments::kUnits; unit += share.stride, buffer ^= 1) {
+        Target target;
+        find_target(Segments{}, args, share.first, unit, target);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+            multiplying.multiply(unit, part, buffer, 0);
+            if (part < kParts - 1 && !kAsksEachPart) continue;
+            __syncthreads();  // all sums are there, and the slots are free
+            asking.ask(Segments{}, args);
+            if constexpr (kParts > 1 && !kAsksEachPart) asking.ask(Segments{}, args);
+        }
+        store(args, share.first, share.slice, target, multiplying.sums + buffer * kParts * kSumsPart, factors);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) matmul_ring(const __grid_constant__ MatmulRingArgs args) {
     extern __shared__ __align__(128) uint8 shared[];
-    __shared__ uint64 barriers[SLOTS];
+    __shared__ Barriers barriers;
     __shared__ float squares[PASS * WARPS], factors[PASS];
     const int warp = __shfl_sync(kFullMask, threadIdx.x / kWarp, 0);  // known to be one for the warp
-    const int passes = ceil_div(args.rows, PASS), stride = gridDim.x / (kSlices * passes);
-    const int slice = blockIdx.x % kSlices, first = blockIdx.x / kSlices % passes * PASS;
-    int unit = blockIdx.x / (kSlices * passes);
+    const Share share(args);
     float* sums = reinterpret_cast<float*>(shared);
-    Ring ring{shared + kSumsBytes, barriers, unit};
+    Asking asking{shared + kSumsBytes, barriers.filled, share.slice, share.unit, share.stride};
 
     let_next_kernel_start();
-    ring.policy = read_once_policy();
-    if (threadIdx.x == 0) {
-        for (int slot = 0; slot < SLOTS; ++slot) start_barrier(barriers + slot, WARPS);
-        publish_barriers();
-    }
-    __syncthreads();
+    if (HELPERS > 0 && warp >= WARPS) {
+        if (threadIdx.x == WARPS * kWarp) barriers.start();
+        wait_for_part(kHelpersMeet, HELPERS * kWarp);
 #pragma unroll 1
-    for (int slot = 0; slot < SLOTS; ++slot) ring.ask(Segments{}, args, slice, stride);
+        for (int slot = 0; slot < kEarlySlots; ++slot) asking.ask(Segments{}, args);
+        wait_for_previous_kernel();
+        wait_for_part(kInputRead, kThreads);
+#pragma unroll 1
+        for (int slot = kEarlySlots; slot < SLOTS; ++slot) asking.ask(Segments{}, args);
+        __syncthreads();
+        find_factors(args, squares, factors);
+        wait_for_part(kHelpersMeet, HELPERS * kWarp);
+        help(args, barriers, asking, sums, factors, share);
+        return;
+    }
+    if constexpr (HELPERS == 0) {
+        if (threadIdx.x == 0) barriers.start();
+        __syncthreads();
+#pragma unroll 1
+        for (int slot = 0; slot < SLOTS; ++slot) asking.ask(Segments{}, args);
+    }
     NormWeight norm;
     norm.load(args);
     wait_for_previous_kernel();
     Input input;
-    read_input(args, norm, first, slice, shared + warp * kStageBytes, input, squares);
-    __syncthreads();
-    if constexpr (NORM == kRmsNorm) {
-        if (threadIdx.x < PASS) {
-            float sum = 0.f;
-            for (int i = 0; i < WARPS; ++i) sum += squares[threadIdx.x * WARPS + i];
-            factors[threadIdx.x] = rsqrtf(sum / COLS + args.norm_eps);  // read after the next barrier
-        }
-    }
-    int buffer = 0;
-#pragma unroll 1
-    for (; unit < Segments::kUnits; unit += stride, buffer ^= 1) {
-        float* mine = sums + buffer * kParts * kSumsPart;
-        Target target;
-        find_target(Segments{}, args, first, unit, target);
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-            const uint8* slot = ring.take();
-            add(Segments{}, slot, part, unit, input, mine + part * kSumsPart);
-            ring.next();
-            if (part < kParts - 1 && !kAsksEachPart) continue;
-            __syncthreads();  // all sums are there, and the slots are free
-            ring.ask(Segments{}, args, slice, stride);
-            if constexpr (kParts > 1 && !kAsksEachPart) ring.ask(Segments{}, args, slice, stride);
-        }
-        store(args, first, slice, target, mine, factors);
+    read_input(args, norm, share.first, share.slice, shared + warp * kStageBytes, input, squares);
+    __syncthreads();  // the stages become sums, and the barriers are there
+    Multiplying multiplying{barriers, asking.slots, sums, input};
+    if constexpr (HELPERS > 0) {
+        multiply_all(multiplying, share);
+    } else {
+        find_factors(args, squares, factors);  // read after the next barrier
+        take_turns(args, multiplying, asking, factors, share);
     }
 }

@@ -1,6 +1,7 @@
 // The input of matmul_ring.cu's products: read, normed but for RMS norm's factor, scaled, kept in registers as halves.
 #pragma once
 
+#include "bulk_copy.cuh"
 #include "expand.cuh"
 #include "matmul_ring_parts.cuh"
 
@@ -56,6 +57,9 @@ __device__ __forceinline__ int shift_of(float largest) {
 }
 __device__ __forceinline__ float power_of_two(int exponent) { return __uint_as_float(static_cast<uint32>(127 + exponent) << 23); }
 
+// Steps whose loads are under way together.
+constexpr int kReadAhead = kTiles == 1 && STEPS % 2 == 0 ? 2 : 1;
+
 // Reads this warp's columns of rows `first` … of x, a row's 128 at a time, and hands them round by way of `stage` (2 KiB of
 // the warp's own). Steps are scaled as their values allow, and those before again where one has larger values. `squares`
 // gets this warp's part of the sum of the squares of each row.
@@ -66,23 +70,31 @@ __device__ __forceinline__ void read_input(const MatmulRingArgs& args, const Nor
     const int pair = lane % 8 / 2;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
+        const int rows = args.rows - first - 8 * tile;
         int shift = 120;  // of row lane / 4
         float sum[8] = {};
-#pragma unroll
-        for (int i = 0; i < STEPS; ++i) {
+        float4 ahead[kReadAhead][8];
+        auto read = [&](int i) {
             const int column = (warp * STEPS + i) * 128 + lane * 4;
-            float4 v[8];
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
-                const int row = first + 8 * tile + j;
-                const float* x = args.x + static_cast<size_t>(row) * COLS + slice * Segments::kCols + column;
-                const bool there = row < args.rows && column < Segments::kCols;
-                v[j] = there ? *reinterpret_cast<const float4*>(x) : make_float4(0.f, 0.f, 0.f, 0.f);
+                const float* x = args.x + static_cast<size_t>(first + 8 * tile + j) * COLS + slice * Segments::kCols + column;
+                const bool there = j < rows && column < Segments::kCols;
+                ahead[i % kReadAhead][j] = there ? *reinterpret_cast<const float4*>(x) : make_float4(0.f, 0.f, 0.f, 0.f);
             }
+        };
+#pragma unroll
+        for (int i = 0; i < kReadAhead; ++i) read(i);
+#pragma unroll
+        for (int i = 0; i < STEPS; ++i) {
+            if (i >= kReadAhead) read(i);
+            float4 (&v)[8] = ahead[i % kReadAhead];
             float top[8];
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
                 float4& x = v[j];
+                top[j] = 0.f;
+                if (j >= rows) continue;
                 if constexpr (NORM == kRmsNorm) {
                     sum[j] += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
                     x = make_float4(x.x * norm.v[i].x, x.y * norm.v[i].y, x.z * norm.v[i].z, x.w * norm.v[i].w);
@@ -102,14 +114,19 @@ __device__ __forceinline__ void read_input(const MatmulRingArgs& args, const Nor
                 }
             }
             shift = next;
+            if (HELPERS > 0 && tile == kTiles - 1 && i == STEPS - 1) arrive_for_part(kInputRead, kThreads, next);
             const float factor = power_of_two(shift);
             __syncwarp();
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
-                const float f = __shfl_sync(kFullMask, factor, 4 * j);
                 uint8* to = stage + (pair * kWarp + ((4 * j + lane / 8) ^ (2 * pair))) * 16 + lane % 2 * 8;
-                *reinterpret_cast<uint2*>(to) =
-                    make_uint2(half2_word(v[j].x * f, v[j].y * f), half2_word(v[j].z * f, v[j].w * f));
+                if (j < rows) {
+                    const float f = __shfl_sync(kFullMask, factor, 4 * j);
+                    *reinterpret_cast<uint2*>(to) =
+                        make_uint2(half2_word(v[j].x * f, v[j].y * f), half2_word(v[j].z * f, v[j].w * f));
+                } else if (i == 0) {
+                    *reinterpret_cast<uint2*>(to) = make_uint2(0, 0);
+                }
             }
             __syncwarp();
 #pragma unroll

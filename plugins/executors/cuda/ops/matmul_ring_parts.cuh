@@ -8,7 +8,10 @@
 constexpr int kMaxSegments = 4;
 constexpr int kUnitRows = 16;
 constexpr int kTiles = PASS / 8;
-constexpr int kThreads = WARPS * kWarp;
+constexpr int kThreads = (WARPS + HELPERS) * kWarp;
+constexpr int kFirstAsker = HELPERS > 0 ? WARPS : 0, kAskers = HELPERS > 0 ? HELPERS : WARPS;  // warps that ask and add
+constexpr int kEarlySlots = SLOTS > EARLY ? EARLY : SLOTS;
+constexpr int kHelpersMeet = 1, kInputRead = 2;  // named barriers
 constexpr int kParts = GATED ? 2 : 1;  // slots of a unit
 constexpr bool kAsksEachPart = kParts > 1 && SLOTS < 4;  // else when both are free
 
@@ -50,12 +53,14 @@ static_assert(STEPS * WARPS >= kSteps, "the warps take all columns");
 static_assert(NORM == kNoNorm || (NORM == kRmsNorm && kSlices == 1), "norms see whole rows");
 static_assert(!GATED || kSlices == 1, "gates see whole sums");
 
-// Sums of the warps, written for a unit while those of the one before are still read: (buffers, parts, warps, rows of x, 16 and some room against bank conflicts).
+// Sums of the warps, written for a unit while those of the one before are still read: (buffers, parts, warps, rows of x, 16
+// and some room against bank conflicts).
+constexpr int kSumBuffers = 2;
 constexpr int kSumsRow = kUnitRows + 4;
 constexpr int kSumsWarp = PASS * kSumsRow + 8;
 constexpr int kSumsPart = WARPS * kSumsWarp;
 constexpr int kStageBytes = 2048;  // of a warp; the sums come later
-constexpr int kSumsBytes = ceil_div(largest(2 * kParts * kSumsPart * 4, WARPS * kStageBytes), 128) * 128;
+constexpr int kSumsBytes = ceil_div(largest(kSumBuffers * kParts * kSumsPart * 4, WARPS * kStageBytes), 128) * 128;
 
 // What a launch has to ask for. Read by the host.
 extern "C" __device__ const int shared_bytes = kSumsBytes + SLOTS * Segments::kSlotBytes;
