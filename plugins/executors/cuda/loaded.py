@@ -17,9 +17,11 @@ from mortice.plugins.executors.cuda.stream import Stream
 
 __all__ = ["LoadedKernels"]
 
-_WHOLE_SHARED_ROWS = 1
-"""Steps of up to so many rows want multiprocessors with as much shared memory as they have; see `Function.prepare`.
-Longer ones share kernels with each other, and attention of rows wants what is left as L1 cache."""
+_WHOLE_SHARED_ROWS = 16
+"""Steps of up to so many rows want multiprocessors with as much shared memory as they have (`Function.prepare`), unless
+there is one of these kernels in them:"""
+_WANT_L1 = frozenset({"matmul", "matmul_wgmma"})
+"""Their weights come through what is left as L1 cache."""
 
 
 @define(eq=False)
@@ -55,6 +57,8 @@ class LoadedKernels:
     def queue(self, specs: Sequence[Spec], rows: int, addresses: Addresses) -> list[Queued]:
         """Launches of a step of that many rows, ready to run."""
         pdl = self.device.properties.compute_capability >= (9, 0)
+        entries = {spec.entry for spec in specs if isinstance(spec, LaunchSpec)}
+        whole_shared = pdl and rows <= _WHOLE_SHARED_ROWS and not entries & _WANT_L1
         launches: list[Queued] = []
         for spec in specs:
             if isinstance(spec, GemmSpec):
@@ -68,7 +72,7 @@ class LoadedKernels:
                     spec.args(addresses, rows),
                     dynamic_shared=shared,
                     pdl=pdl,
-                    whole_shared=pdl and rows <= _WHOLE_SHARED_ROWS,
+                    whole_shared=whole_shared,
                 )
             )
         return launches
