@@ -255,7 +255,7 @@ class TokenChooser:
             )
             launches.append(
                 function.prepare(
-                    (choice_blocks(sm_count, count), count, 1), THREADS, (args,), pdl=pdl, whole_shared=pdl
+                    (choice_blocks(sm_count, count), count, 1), THREADS, (args,), pdl=pdl, carveout=100 if pdl else None
                 )
             )
         return launches

@@ -17,11 +17,11 @@ from mortice.plugins.executors.cuda.stream import Stream
 
 __all__ = ["LoadedKernels"]
 
-_WHOLE_SHARED_ROWS = 16
-"""Steps of up to so many rows want multiprocessors with as much shared memory as they have (`Function.prepare`), unless
-there is one of these kernels in them:"""
 _WANT_L1 = frozenset({"matmul", "matmul_wgmma"})
-"""Their weights come through what is left as L1 cache."""
+"""Kernels whose weights come through the L1 cache."""
+_MOST_L1, _MOST_SHARED = 30, 100
+"""Carveouts: for steps with such kernels, where each still gets what it needs, and for short ones without."""
+_SHORT_ROWS = 16
 
 
 @define(eq=False)
@@ -57,8 +57,7 @@ class LoadedKernels:
     def queue(self, specs: Sequence[Spec], rows: int, addresses: Addresses) -> list[Queued]:
         """Launches of a step of that many rows, ready to run."""
         pdl = self.device.properties.compute_capability >= (9, 0)
-        entries = {spec.entry for spec in specs if isinstance(spec, LaunchSpec)}
-        whole_shared = pdl and rows <= _WHOLE_SHARED_ROWS and not entries & _WANT_L1
+        carveout = _carveout(specs, rows) if pdl else None
         launches: list[Queued] = []
         for spec in specs:
             if isinstance(spec, GemmSpec):
@@ -72,7 +71,7 @@ class LoadedKernels:
                     spec.args(addresses, rows),
                     dynamic_shared=shared,
                     pdl=pdl,
-                    whole_shared=whole_shared,
+                    carveout=carveout,
                 )
             )
         return launches
@@ -107,3 +106,10 @@ class LoadedKernels:
     def close(self) -> None:
         """Let go of all of it; the stream has to be idle. Calling twice is fine."""
         self._undo.close()
+
+
+def _carveout(specs: Sequence[Spec], rows: int) -> int | None:
+    """How the launches of a step want a multiprocessor's memory divided, all of them alike."""
+    if any(isinstance(spec, LaunchSpec) and spec.entry in _WANT_L1 for spec in specs):
+        return _MOST_L1
+    return _MOST_SHARED if rows <= _SHORT_ROWS else None

@@ -25,7 +25,7 @@ _SHARED_WITHOUT_ASKING = 48 * 1024
 """Shared memory a kernel gets without raising a limit, what it declares itself included (CUDA C++ Programming Guide,
 "Shared Memory")."""
 _PARAMETER_INFO_SINCE = (12, 4)
-_OWN_DIVISION_SINCE = (12, 8)
+_CARVEOUT_OF_LAUNCH_SINCE = (12, 8)
 """From this driver on a launch says itself how shared memory and the L1 cache are divided, before only its kernel."""
 
 
@@ -101,7 +101,7 @@ class Function:
         pdl: bool = False,
         cooperative: bool = False,
         cluster: Extent | None = None,
-        whole_shared: bool = False,
+        carveout: int | None = None,
     ) -> Launch:
         """A launch with everything laid out once; calling it costs about a microsecond.
 
@@ -114,8 +114,9 @@ class Function:
                 waits itself (``griddepcontrol.wait``).
             cooperative: all blocks run at once, so that they may wait for each other.
             cluster: blocks of a cluster.
-            whole_shared: a multiprocessor that runs it gives the L1 cache as little as it can. It changes that only
-                when it is idle, so launches whose blocks are to be there together have to agree.
+            carveout: percent of a multiprocessor's memory that is wanted as shared memory rather than as L1 cache, if
+                the kernel needs no more; None leaves it to the driver. A multiprocessor changes that only when it is
+                idle, so launches whose blocks are to be there together have to agree.
 
         Raises:
             TypeError: arguments whose number or sizes are not the kernel's, or whose width is not known.
@@ -125,16 +126,15 @@ class Function:
         values = tuple(_as_ctypes(self.name, number, arg) for number, arg in enumerate(args))
         self._check_sizes(values)
         self.set_dynamic_shared(dynamic_shared)
-        own_division = self._driver.version >= _OWN_DIVISION_SINCE
-        if whole_shared and not own_division:  # also of later launches that did not ask for it
-            self._driver("cuFuncSetAttribute", self.cu, self._attribute("PREFERRED_SHARED_MEMORY_CARVEOUT"), 100)
+        if carveout is not None and self._driver.version < _CARVEOUT_OF_LAUNCH_SINCE:
+            self._driver("cuFuncSetAttribute", self.cu, self._attribute("PREFERRED_SHARED_MEMORY_CARVEOUT"), carveout)
+            carveout = None
         api = self._driver.api
         config = api.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = _extent(grid)
         config.blockDimX, config.blockDimY, config.blockDimZ = _extent(block)
         config.sharedMemBytes = dynamic_shared
-        whole = whole_shared and own_division
-        attributes = _launch_attributes(api, pdl=pdl, cooperative=cooperative, cluster=cluster, whole_shared=whole)
+        attributes = _launch_attributes(api, pdl=pdl, cooperative=cooperative, cluster=cluster, carveout=carveout)
         config.attrs, config.numAttrs = attributes, len(attributes)
         return Launch(self.name, api, self.cu, config, values)
 
@@ -215,7 +215,7 @@ def _as_ctypes(kernel: str, number: int, arg: Argument) -> Any:
 
 
 def _launch_attributes(
-    api: Any, *, pdl: bool, cooperative: bool, cluster: Extent | None, whole_shared: bool
+    api: Any, *, pdl: bool, cooperative: bool, cluster: Extent | None, carveout: int | None
 ) -> list[Any]:
     attributes = []
 
@@ -232,6 +232,6 @@ def _launch_attributes(
     if cluster is not None:
         shape = add("CLUSTER_DIMENSION").clusterDim
         shape.x, shape.y, shape.z = _extent(cluster)
-    if whole_shared:
-        add("PREFERRED_SHARED_MEMORY_CARVEOUT").sharedMemCarveout = 100
+    if carveout is not None:
+        add("PREFERRED_SHARED_MEMORY_CARVEOUT").sharedMemCarveout = carveout
     return attributes
