@@ -20,9 +20,9 @@ from mortice.core.plugin.token_choice import ChoicePart, TokenChoice
 from mortice.core.testing.tiny_models import write_tiny_model
 from mortice.core.text.params import GenerationParams, SamplingParams
 from mortice.core.text.sampling import Sampled
-from mortice.plugins.executors.cuda.kv_pool import CudaSequence
-from mortice.plugins.executors.cuda.rows import MAX_SEQUENCES
-from mortice.plugins.executors.cuda.runtime import CudaRuntime
+from mortice.plugins.executors.cuda.run.kv_pool import CudaSequence
+from mortice.plugins.executors.cuda.run.rows import MAX_SEQUENCES
+from mortice.plugins.executors.cuda.run.runtime import CudaRuntime
 from tests.gpu.test_executor import EXACT, FAMILIES, ROUNDED, error, load, prompt
 from tests.support.cuda import needs_gpu
 from tests.support.tiny import CONTRACTS

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from mortice.core.errors import DoesNotFitError
-from mortice.plugins.executors.cuda.device import Device, open_device
-from mortice.plugins.executors.cuda.module import Float, Function, Int, Module, Pointer
-from mortice.plugins.executors.cuda.nvrtc import Source, compile_cubin
-from mortice.plugins.executors.cuda.stream import Stream
+from mortice.plugins.executors.cuda.compile.nvrtc import Source, compile_cubin
+from mortice.plugins.executors.cuda.device.device import Device, open_device
+from mortice.plugins.executors.cuda.device.module import Float, Function, Int, Module, Pointer
+from mortice.plugins.executors.cuda.device.stream import Stream
 from tests.support.cuda import needs_gpu, needs_nvrtc
 
 pytestmark = [pytest.mark.gpu, needs_gpu, needs_nvrtc]

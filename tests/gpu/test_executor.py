@@ -17,7 +17,7 @@ from mortice.core.errors import InputError
 from mortice.core.pipeline import Pipeline
 from mortice.core.plugin.interfaces import StepPart
 from mortice.core.testing.tiny_models import write_tiny_model
-from mortice.plugins.executors.cuda.runtime_memory import CODE_BYTES
+from mortice.plugins.executors.cuda.run.runtime_memory import CODE_BYTES
 from tests.support.cuda import needs_gpu
 from tests.support.tiny import CONTRACTS
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from mortice.core.model.operators import Buffer, GatedAct, Norm
-from mortice.plugins.executors.cuda.device import Device, open_device
-from mortice.plugins.executors.cuda.fusion import LinearGroup
-from mortice.plugins.executors.cuda.gemv import gemv_shape, has_bulk_copies
+from mortice.plugins.executors.cuda.device.device import Device, open_device
+from mortice.plugins.executors.cuda.lowering.fusion import LinearGroup
+from mortice.plugins.executors.cuda.lowering.gemv import gemv_shape, has_bulk_copies
 from tests.gpu.test_matmul import Array, Bench, normed, spread
 from tests.plugins.qtypes.blocks import NAMES, TYPES
 from tests.support.cuda import needs_gpu

@@ -13,7 +13,7 @@ from mortice.core.model.operators import Buffer
 from mortice.core.pipeline import Pipeline
 from mortice.core.plugin.interfaces import StepPart
 from mortice.core.testing.tiny_models import write_tiny_model
-from mortice.plugins.executors.cuda.runtime import CudaRuntime
+from mortice.plugins.executors.cuda.run.runtime import CudaRuntime
 from tests.gpu.test_executor import FAMILIES, load, prompt
 from tests.support.cuda import needs_gpu
 from tests.support.tiny import CONTRACTS

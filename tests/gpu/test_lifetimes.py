@@ -15,13 +15,14 @@ from mortice.core.pipeline import Pipeline, prepare, prepare_opened
 from mortice.core.plugin.events import Event, GraphCaptured, UploadProgress
 from mortice.core.synth.model import synth_model
 from mortice.core.testing.tiny_models import write_tiny_model
-from mortice.plugins.executors.cuda import build, tuning
-from mortice.plugins.executors.cuda.device import Device, open_device
+from mortice.plugins.executors.cuda.compile import build
+from mortice.plugins.executors.cuda.device.device import Device, open_device
+from mortice.plugins.executors.cuda.device.memory import DeviceBuffer
+from mortice.plugins.executors.cuda.device.module import Launch
 from mortice.plugins.executors.cuda.executor import CudaExecutor
-from mortice.plugins.executors.cuda.kernels import compile_kernels
-from mortice.plugins.executors.cuda.memory import DeviceBuffer
-from mortice.plugins.executors.cuda.module import Launch
-from mortice.plugins.executors.cuda.runtime import CudaRuntime
+from mortice.plugins.executors.cuda.run import tuning
+from mortice.plugins.executors.cuda.run.kernels import compile_kernels
+from mortice.plugins.executors.cuda.run.runtime import CudaRuntime
 from tests.gpu.test_executor import ROUNDED, error, load, prompt
 from tests.support.cuda import needs_gpu
 from tests.support.registry import make_registry

@@ -19,17 +19,17 @@ from mortice.core.model.weight_plan import PlannedWeight
 from mortice.core.pipeline import Pipeline
 from mortice.core.plugin.interfaces import StepPart
 from mortice.core.testing.tiny_models import write_tiny_model
-from mortice.plugins.executors.cuda.cublas import WORKSPACE_BYTES, Blas, find_cublas
-from mortice.plugins.executors.cuda.device import Device, open_device
-from mortice.plugins.executors.cuda.fusion import LinearGroup
-from mortice.plugins.executors.cuda.gemv import has_bulk_copies
-from mortice.plugins.executors.cuda.launches import Addresses, GemmSpec, StepRows
-from mortice.plugins.executors.cuda.layouts import TileLayout
-from mortice.plugins.executors.cuda.linear import LinearLowering
-from mortice.plugins.executors.cuda.matmul import GEMM_FROM_ROWS, matmul_scratch, row_path, row_paths
-from mortice.plugins.executors.cuda.nvrtc import compile_cubin
-from mortice.plugins.executors.cuda.sources import KernelSources
-from mortice.plugins.executors.cuda.workspace import Workspace
+from mortice.plugins.executors.cuda.compile.nvrtc import compile_cubin
+from mortice.plugins.executors.cuda.device.cublas import WORKSPACE_BYTES, Blas, find_cublas
+from mortice.plugins.executors.cuda.device.device import Device, open_device
+from mortice.plugins.executors.cuda.lowering.fusion import LinearGroup
+from mortice.plugins.executors.cuda.lowering.gemv import has_bulk_copies
+from mortice.plugins.executors.cuda.lowering.launches import Addresses, GemmSpec, StepRows
+from mortice.plugins.executors.cuda.lowering.layouts import TileLayout
+from mortice.plugins.executors.cuda.lowering.linear import LinearLowering
+from mortice.plugins.executors.cuda.lowering.matmul import GEMM_FROM_ROWS, matmul_scratch, row_path, row_paths
+from mortice.plugins.executors.cuda.lowering.sources import KernelSources
+from mortice.plugins.executors.cuda.lowering.workspace import Workspace
 from tests.plugins.qtypes.blocks import NAMES, TYPES
 from tests.plugins.qtypes.blocks import stored as tiles_of
 from tests.support.cuda import needs_gpu

@@ -9,7 +9,7 @@ import pytest
 
 from mortice.core.model.qtypes import GGML_TYPES
 from mortice.core.testing.tiny_models import write_tiny_model
-from mortice.plugins.executors.cuda.layouts import tile_geometry
+from mortice.plugins.executors.cuda.lowering.layouts import tile_geometry
 from tests.gpu.test_executor import EXACT, ROUNDED, error, load, prompt
 from tests.support.cuda import needs_gpu
 from tests.support.tiny import CONTRACTS

@@ -10,12 +10,12 @@ import pytest
 from numpy.typing import NDArray
 
 from mortice.core.testing.random_rows import random_rows
-from mortice.plugins.executors.cuda.device import Device, open_device
-from mortice.plugins.executors.cuda.layouts import tile_geometry
-from mortice.plugins.executors.cuda.memory import DeviceBuffer
-from mortice.plugins.executors.cuda.module import Module
-from mortice.plugins.executors.cuda.nvrtc import Source, compile_cubin
-from mortice.plugins.executors.cuda.stream import Stream
+from mortice.plugins.executors.cuda.compile.nvrtc import Source, compile_cubin
+from mortice.plugins.executors.cuda.device.device import Device, open_device
+from mortice.plugins.executors.cuda.device.memory import DeviceBuffer
+from mortice.plugins.executors.cuda.device.module import Module
+from mortice.plugins.executors.cuda.device.stream import Stream
+from mortice.plugins.executors.cuda.lowering.layouts import tile_geometry
 from mortice.plugins.executors.cuda.type_trial import kernel_text, trial_defines, trial_shapes
 from tests.plugins.qtypes.blocks import NAMES, TYPES, stored
 from tests.support.cuda import needs_gpu, needs_nvrtc

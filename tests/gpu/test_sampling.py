@@ -19,12 +19,12 @@ from mortice.core.pipeline import Pipeline
 from mortice.core.testing.tiny_models import write_tiny_model
 from mortice.core.text.params import GenerationParams, SamplingParams
 from mortice.core.text.sampling import Sampled, Sampler
-from mortice.plugins.executors.cuda.choosing import THREADS, TokenChooser, choice_blocks
-from mortice.plugins.executors.cuda.device import Device, open_device
-from mortice.plugins.executors.cuda.module import Launch
-from mortice.plugins.executors.cuda.nvrtc import compile_cubin
-from mortice.plugins.executors.cuda.rows import MAX_SEQUENCES
-from mortice.plugins.executors.cuda.sources import KernelSources
+from mortice.plugins.executors.cuda.compile.nvrtc import compile_cubin
+from mortice.plugins.executors.cuda.device.device import Device, open_device
+from mortice.plugins.executors.cuda.device.module import Launch
+from mortice.plugins.executors.cuda.lowering.sources import KernelSources
+from mortice.plugins.executors.cuda.run.choosing import THREADS, TokenChooser, choice_blocks
+from mortice.plugins.executors.cuda.run.rows import MAX_SEQUENCES
 from tests.support.cuda import needs_gpu
 from tests.support.draws import possible_tokens
 from tests.support.tiny import CONTRACTS

@@ -15,10 +15,10 @@ from mortice.core.pipeline import Pipeline, prepare_opened
 from mortice.core.plugin.events import Event, WaysMeasured
 from mortice.core.record import Environment
 from mortice.core.synth.model import synth_model
-from mortice.plugins.executors.cuda import tuned
-from mortice.plugins.executors.cuda.crossovers import GEMM_CANDIDATES, RING_CANDIDATES, RowCrossovers
-from mortice.plugins.executors.cuda.runtime import CudaRuntime
-from mortice.plugins.executors.cuda.tuned import TunedFile
+from mortice.plugins.executors.cuda.lowering.crossovers import GEMM_CANDIDATES, RING_CANDIDATES, RowCrossovers
+from mortice.plugins.executors.cuda.run import tuned
+from mortice.plugins.executors.cuda.run.runtime import CudaRuntime
+from mortice.plugins.executors.cuda.run.tuned import TunedFile
 from tests.gpu.test_executor import ROUNDED, error, prompt
 from tests.support.cuda import needs_gpu
 from tests.support.registry import make_registry

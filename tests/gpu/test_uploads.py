@@ -22,8 +22,8 @@ from mortice.core.model.weight_plan import WeightPlan, plan_weights
 from mortice.core.plugin.events import Event, UploadProgress
 from mortice.core.plugin.interfaces import UploadStrategy
 from mortice.core.testing.tiny_models import write_tiny_model
-from mortice.plugins.executors.cuda.arena import CudaArena
 from mortice.plugins.executors.cuda.executor import CudaExecutor
+from mortice.plugins.executors.cuda.weights.arena import CudaArena
 from mortice.plugins.loaders.gguf.loader import open_gguf
 from mortice.plugins.qtypes import mortice_qtypes
 from mortice.plugins.uploads.device import mortice_upload_strategies
@@ -110,7 +110,7 @@ def on_the_card(plan: WeightPlan, executor: CudaExecutor) -> Iterator[ResidentWe
 @pytest.fixture
 def small_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one send carries is less than a weight, and several threads read it."""
-    monkeypatch.setattr("mortice.plugins.executors.cuda.arena._LANE_BYTES", 1 << 17)
+    monkeypatch.setattr("mortice.plugins.executors.cuda.weights.arena._LANE_BYTES", 1 << 17)
     monkeypatch.setattr("mortice.plugins.uploads.device.pinned._PIECE_BYTES", 1 << 15)
 
 

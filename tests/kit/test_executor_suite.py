@@ -17,8 +17,8 @@ from mortice.core.testing.fake_device import fake_device_info
 from mortice.core.testing.operator_cases import OperatorCase
 from mortice.core.testing.suite import outcomes
 from mortice.core.text.sampling import Sampler
+from mortice.plugins.executors.cuda.device.properties import list_devices
 from mortice.plugins.executors.cuda.executor import CudaExecutor
-from mortice.plugins.executors.cuda.properties import list_devices
 from mortice.plugins.executors.reference import ops
 from mortice.plugins.executors.reference.executor import ReferenceExecutor
 from mortice.plugins.executors.reference.runtime import ReferenceRuntime

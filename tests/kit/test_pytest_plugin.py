@@ -14,7 +14,7 @@ from mortice.core.plugin.events import StepDone, UploadProgress
 from mortice.core.testing.events import EventRecorder
 from mortice.core.testing.fake_device import FakeArena
 from mortice.core.testing.pytest_plugin import TinyModel
-from mortice.plugins.executors.cuda.properties import list_devices
+from mortice.plugins.executors.cuda.device.properties import list_devices
 from tests.packaging.running import attempt
 from tests.support.tiny import FUSED_WITH_BIAS_AND_NORM, logits
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from mortice.core.errors import DeviceError
-from mortice.plugins.executors.cuda.properties import list_devices
-from mortice.plugins.executors.cuda.toolkit import find_compiler
+from mortice.plugins.executors.cuda.device.properties import list_devices
+from mortice.plugins.executors.cuda.device.toolkit import find_compiler
 
 __all__ = ["FakeDriverApi", "needs_gpu", "needs_nvrtc"]
 

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mortice.core.testing.random_rows import random_rows
-from mortice.plugins.executors.cuda.flatten import flatten
-from mortice.plugins.executors.cuda.sources import OPS
+from mortice.plugins.executors.cuda.compile.flatten import flatten
+from mortice.plugins.executors.cuda.lowering.sources import OPS
 from tests.plugins.qtypes.blocks import TYPES
 from tests.support.cuda_on_cpu import TENSOR, compile_for_cpu, for_tensor_cores
 

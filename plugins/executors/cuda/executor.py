@@ -22,15 +22,15 @@ from mortice.core.model.types import DeviceInfo
 from mortice.core.model.weight_plan import Kernel, WeightPlan
 from mortice.core.plugin.interfaces import Emit, QuantizationType, Runtime, RuntimeSettings, TypeTrial
 from mortice.core.plugin.product_times import ProductTime
-from mortice.plugins.executors.cuda.cublas import find_cublas
-from mortice.plugins.executors.cuda.device import Device, open_device
-from mortice.plugins.executors.cuda.driver import begin_driver, import_bindings, is_driver_installed
+from mortice.plugins.executors.cuda.device.cublas import find_cublas
+from mortice.plugins.executors.cuda.device.device import Device, open_device
+from mortice.plugins.executors.cuda.device.driver import begin_driver, import_bindings, is_driver_installed
 
 if TYPE_CHECKING:  # what only a run needs is imported while its device comes up, see `CudaExecutor.wake`
-    from mortice.plugins.executors.cuda.arena import CudaArena
-    from mortice.plugins.executors.cuda.runtime import CudaRuntime
-    from mortice.plugins.executors.cuda.staging import StagingPool
-    from mortice.plugins.executors.cuda.tuning import Compilation
+    from mortice.plugins.executors.cuda.run.runtime import CudaRuntime
+    from mortice.plugins.executors.cuda.run.tuning import Compilation
+    from mortice.plugins.executors.cuda.weights.arena import CudaArena
+    from mortice.plugins.executors.cuda.weights.staging import StagingPool
 
 __all__ = ["CudaExecutor"]
 
@@ -77,8 +77,8 @@ class CudaExecutor:
         return self.opened().info()
 
     def kernels(self, device: DeviceInfo, qtypes: Sequence[QuantizationType]) -> Sequence[Kernel]:
-        from mortice.plugins.executors.cuda.layouts import TileLayout
-        from mortice.plugins.executors.cuda.vectors import VectorLayout
+        from mortice.plugins.executors.cuda.lowering.layouts import TileLayout
+        from mortice.plugins.executors.cuda.weights.vectors import VectorLayout
 
         del device  # the same on every card that `open_device` takes
         kernels = []
@@ -114,18 +114,18 @@ class CudaExecutor:
         return [*reasons, *kv_type_reasons(program.kv, _kv_type(settings), self.name)]
 
     def kv_bytes(self, program: Program, settings: RuntimeSettings) -> int:
-        from mortice.plugins.executors.cuda.kv_pool import kv_pool_bytes
+        from mortice.plugins.executors.cuda.run.kv_pool import kv_pool_bytes
 
         return kv_pool_bytes(program.kv, settings.cache_tokens, _kv_type(settings))
 
     def workspace_bytes(self, program: Program, settings: RuntimeSettings) -> int:
-        from mortice.plugins.executors.cuda.runtime_memory import runtime_bytes
+        from mortice.plugins.executors.cuda.run.runtime_memory import runtime_bytes
 
         cublas = find_cublas() is not None
         return runtime_bytes(program, settings, self.opened().properties.sm_count, cublas=cublas)
 
     def allocate(self, nbytes: int) -> CudaArena:
-        from mortice.plugins.executors.cuda.arena import CudaArena
+        from mortice.plugins.executors.cuda.weights.arena import CudaArena
 
         device = self.opened()
         try:
@@ -166,7 +166,7 @@ class CudaExecutor:
         return try_on_cpu(type_, rows, activations, scales)
 
     def prepare(self, plan: WeightPlan, settings: RuntimeSettings) -> None:
-        from mortice.plugins.executors.cuda.arena import begin_staging
+        from mortice.plugins.executors.cuda.weights.arena import begin_staging
 
         self._let_staging_go()
         self._staging = begin_staging(self.opened(), plan)
@@ -182,12 +182,12 @@ class CudaExecutor:
             self._staging = None
 
     def _compiled(self, plan: WeightPlan, settings: RuntimeSettings) -> Compilation:
-        from mortice.plugins.executors.cuda.crossovers import gemm_thresholds
-        from mortice.plugins.executors.cuda.gemv import has_bulk_copies
-        from mortice.plugins.executors.cuda.lowering import Lowering
-        from mortice.plugins.executors.cuda.matmul import rows_at_once
-        from mortice.plugins.executors.cuda.sources import KernelSources
-        from mortice.plugins.executors.cuda.tuning import compile_tuned
+        from mortice.plugins.executors.cuda.lowering.crossovers import gemm_thresholds
+        from mortice.plugins.executors.cuda.lowering.gemv import has_bulk_copies
+        from mortice.plugins.executors.cuda.lowering.lowering import Lowering
+        from mortice.plugins.executors.cuda.lowering.matmul import rows_at_once
+        from mortice.plugins.executors.cuda.lowering.sources import KernelSources
+        from mortice.plugins.executors.cuda.run.tuning import compile_tuned
 
         device = self.opened()
         exact, cublas = settings.activations == "f32", find_cublas() is not None
@@ -206,8 +206,8 @@ class CudaExecutor:
         return compile_tuned(lowering, device, settings.tuning)
 
     def open(self, model: BoundModel, settings: RuntimeSettings, emit: Emit) -> CudaRuntime:
-        from mortice.plugins.executors.cuda.runtime import CudaRuntime
-        from mortice.plugins.executors.cuda.tuning import measured_kernels
+        from mortice.plugins.executors.cuda.run.runtime import CudaRuntime
+        from mortice.plugins.executors.cuda.run.tuning import measured_kernels
 
         prepared, self._prepared = self._prepared, None
         if prepared is not None and prepared[0] is model.plan and prepared[1] == settings:
@@ -218,8 +218,8 @@ class CudaExecutor:
         return CudaRuntime(model, settings, emit, device, measured_kernels(device, compilation, model, emit))
 
     def time_products(self, runtime: Runtime, rows: int, repeats: int) -> Sequence[ProductTime]:
-        from mortice.plugins.executors.cuda.product_times import time_products
-        from mortice.plugins.executors.cuda.runtime import CudaRuntime
+        from mortice.plugins.executors.cuda.run.product_times import time_products
+        from mortice.plugins.executors.cuda.run.runtime import CudaRuntime
 
         assert isinstance(runtime, CudaRuntime), "opened by this executor"
         return time_products(runtime, rows, repeats)
@@ -239,8 +239,9 @@ def _ahead(name: str, work: Callable[[], object]) -> Thread:
 
 def _import_all() -> None:
     """What a run needs besides this module, and the compiler."""
-    from mortice.plugins.executors.cuda import arena, runtime, tuning  # noqa: F401
-    from mortice.plugins.executors.cuda.toolkit import find_compiler
+    from mortice.plugins.executors.cuda.device.toolkit import find_compiler
+    from mortice.plugins.executors.cuda.run import runtime, tuning  # noqa: F401
+    from mortice.plugins.executors.cuda.weights import arena  # noqa: F401
 
     find_compiler()
 

@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 
 from mortice.core.errors import DeviceError
 from mortice.core.plugin.interfaces import QuantizationType, TypeTrial
-from mortice.plugins.executors.cuda.device import Device
-from mortice.plugins.executors.cuda.flatten import flatten
-from mortice.plugins.executors.cuda.layouts import CHUNK, TILE_ALIGNMENT, TileLayout, tile_geometry
-from mortice.plugins.executors.cuda.memory import DeviceBuffer
-from mortice.plugins.executors.cuda.module import Int
-from mortice.plugins.executors.cuda.nvrtc import Source, compile_cubin
+from mortice.plugins.executors.cuda.compile.flatten import flatten
+from mortice.plugins.executors.cuda.compile.nvrtc import Source, compile_cubin
+from mortice.plugins.executors.cuda.device.device import Device
+from mortice.plugins.executors.cuda.device.memory import DeviceBuffer
+from mortice.plugins.executors.cuda.device.module import Int
+from mortice.plugins.executors.cuda.device.stream import Stream
+from mortice.plugins.executors.cuda.lowering.layouts import CHUNK, TILE_ALIGNMENT, TileLayout, tile_geometry
+from mortice.plugins.executors.cuda.lowering.sources import OPS
 from mortice.plugins.executors.cuda.on_cpu import compile_for_cpu
-from mortice.plugins.executors.cuda.sources import OPS
-from mortice.plugins.executors.cuda.stream import Stream
 
 __all__ = ["aligned", "compile_type", "kernel_text", "trial_defines", "trial_shapes", "try_on_card", "try_on_cpu"]
 

@@ -12,7 +12,7 @@ from operator import itemgetter, or_
 
 from attrs import frozen
 
-from mortice.plugins.executors.cuda.nvrtc import Source
+from mortice.plugins.executors.cuda.compile.nvrtc import Source
 
 __all__ = ["covering_set"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mortice.core.model.operators import WeightRef
-from mortice.plugins.executors.cuda.ahead import AheadWeight, weights_ahead
-from mortice.plugins.executors.cuda.layouts import tile_geometry
+from mortice.plugins.executors.cuda.lowering.ahead import AheadWeight, weights_ahead
+from mortice.plugins.executors.cuda.lowering.layouts import tile_geometry
 from tests.plugins.qtypes.blocks import TYPES
 
 SM_COUNT = 132

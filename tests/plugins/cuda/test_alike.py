@@ -19,13 +19,13 @@ from mortice.core.stages import open_file
 from mortice.core.synth.model import synth_model
 from mortice.core.synth.recipes import OneType, Tensor
 from mortice.core.testing.tiny_models import write_tiny_model
-from mortice.plugins.executors.cuda import tuning
+from mortice.plugins.executors.cuda.compile.nvrtc import Source
 from mortice.plugins.executors.cuda.executor import CudaExecutor
-from mortice.plugins.executors.cuda.launches import LaunchSpec
-from mortice.plugins.executors.cuda.lowering import Lowering
-from mortice.plugins.executors.cuda.nvrtc import Source
-from mortice.plugins.executors.cuda.sources import KernelSources
-from mortice.plugins.executors.cuda.tuning import Sample, plan_trial
+from mortice.plugins.executors.cuda.lowering.launches import LaunchSpec
+from mortice.plugins.executors.cuda.lowering.lowering import Lowering
+from mortice.plugins.executors.cuda.lowering.sources import KernelSources
+from mortice.plugins.executors.cuda.run import tuning
+from mortice.plugins.executors.cuda.run.tuning import Sample, plan_trial
 from tests.plugins.cuda.test_matmul import CARD
 from tests.plugins.qtypes.blocks import TYPES
 from tests.support.tiny import CONTRACTS, QTYPES, REGISTRY

@@ -11,11 +11,11 @@ import pytest
 from numpy.typing import NDArray
 
 from mortice.core.model.operators import Attention, Buffer
-from mortice.plugins.executors.cuda.attend import _AttendArgs, attend_tensor, attend_threads
-from mortice.plugins.executors.cuda.flatten import flatten
-from mortice.plugins.executors.cuda.launches import StepRows
-from mortice.plugins.executors.cuda.linear_args import GemvArgs, LeftArgs
-from mortice.plugins.executors.cuda.sources import KV_NAMES, OPS
+from mortice.plugins.executors.cuda.compile.flatten import flatten
+from mortice.plugins.executors.cuda.lowering.attend import _AttendArgs, attend_tensor, attend_threads
+from mortice.plugins.executors.cuda.lowering.launches import StepRows
+from mortice.plugins.executors.cuda.lowering.linear_args import GemvArgs, LeftArgs
+from mortice.plugins.executors.cuda.lowering.sources import KV_NAMES, OPS
 from mortice.plugins.executors.reference import ops
 from mortice.plugins.executors.reference.kv_cache import through_kv_type
 from tests.plugins.cuda.test_compiles_everywhere import TRAITS

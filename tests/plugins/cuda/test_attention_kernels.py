@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mortice.plugins.executors.cuda.attend_runs import RunsArgs
-from mortice.plugins.executors.cuda.launches import StepRows
-from mortice.plugins.executors.cuda.lowering import _AttentionArgs
-from mortice.plugins.executors.cuda.matmul import attention_tile
+from mortice.plugins.executors.cuda.lowering.attend_runs import RunsArgs
+from mortice.plugins.executors.cuda.lowering.launches import StepRows
+from mortice.plugins.executors.cuda.lowering.lowering import _AttentionArgs
+from mortice.plugins.executors.cuda.lowering.matmul import attention_tile
 from tests.support.cuda_on_cpu import needs_cpu_compiler
 from tests.support.tensor_kernels import Array, Wide, compiled, run
 

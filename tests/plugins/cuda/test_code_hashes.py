@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mortice.plugins.executors.cuda.build import Build
-from mortice.plugins.executors.cuda.nvrtc import Compiled, Source
+from mortice.plugins.executors.cuda.compile.build import Build
+from mortice.plugins.executors.cuda.compile.nvrtc import Compiled, Source
 
 
 def build(*variants: tuple[str, int, bytes]) -> Build:

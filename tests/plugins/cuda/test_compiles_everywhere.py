@@ -29,17 +29,17 @@ from mortice.core.model.weight_plan import WeightPlan, plan_weights
 from mortice.core.synth.model import synth_model
 from mortice.core.synth.recipes import RECIPES
 from mortice.core.synth.shapes import SHAPES
-from mortice.plugins.executors.cuda.attend import attend_fits, attend_tensor, attend_threads
-from mortice.plugins.executors.cuda.build import compile_all
-from mortice.plugins.executors.cuda.crossovers import RowCrossovers
+from mortice.plugins.executors.cuda.compile.build import compile_all
+from mortice.plugins.executors.cuda.compile.nvrtc import Source
 from mortice.plugins.executors.cuda.executor import CudaExecutor
-from mortice.plugins.executors.cuda.fusion import PlaceGroup
-from mortice.plugins.executors.cuda.launches import LaunchSpec
-from mortice.plugins.executors.cuda.lowering import Lowering
-from mortice.plugins.executors.cuda.matmul import attention_tile
-from mortice.plugins.executors.cuda.matmul_ring import RING_ROWS
-from mortice.plugins.executors.cuda.nvrtc import Source
-from mortice.plugins.executors.cuda.sources import OPS, KernelSources
+from mortice.plugins.executors.cuda.lowering.attend import attend_fits, attend_tensor, attend_threads
+from mortice.plugins.executors.cuda.lowering.crossovers import RowCrossovers
+from mortice.plugins.executors.cuda.lowering.fusion import PlaceGroup
+from mortice.plugins.executors.cuda.lowering.launches import LaunchSpec
+from mortice.plugins.executors.cuda.lowering.lowering import Lowering
+from mortice.plugins.executors.cuda.lowering.matmul import attention_tile
+from mortice.plugins.executors.cuda.lowering.matmul_ring import RING_ROWS
+from mortice.plugins.executors.cuda.lowering.sources import OPS, KernelSources
 from tests.plugins.cuda.covering import covering_set
 from tests.support.cuda import needs_nvrtc
 from tests.support.in_memory import model_file

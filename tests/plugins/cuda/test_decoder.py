@@ -14,8 +14,8 @@ from mortice.core.plugin.interfaces import StepPart
 from mortice.core.plugin.kv_pages import PagePool
 from mortice.core.text.params import SamplingParams
 from mortice.core.text.sampling import Sampled
-from mortice.plugins.executors.cuda.decoder import Decoder
-from mortice.plugins.executors.cuda.kv_pool import CudaSequence
+from mortice.plugins.executors.cuda.run.decoder import Decoder
+from mortice.plugins.executors.cuda.run.kv_pool import CudaSequence
 
 PENALTIES = SamplingParams(repetition_penalty=1.5, seed=1)
 

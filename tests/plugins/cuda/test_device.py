@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from mortice.core.errors import DeviceError, DoesNotFitError
-from mortice.plugins.executors.cuda import driver
-from mortice.plugins.executors.cuda.device import Device, open_device
-from mortice.plugins.executors.cuda.driver import Driver, load_driver
-from mortice.plugins.executors.cuda.errors import CudaError
-from mortice.plugins.executors.cuda.module import Function, Int, Pointer
-from mortice.plugins.executors.cuda.properties import list_devices
-from mortice.plugins.executors.cuda.stream import Graph, GraphExec, Stream
+from mortice.plugins.executors.cuda.device import driver
+from mortice.plugins.executors.cuda.device.device import Device, open_device
+from mortice.plugins.executors.cuda.device.driver import Driver, load_driver
+from mortice.plugins.executors.cuda.device.errors import CudaError
+from mortice.plugins.executors.cuda.device.module import Function, Int, Pointer
+from mortice.plugins.executors.cuda.device.properties import list_devices
+from mortice.plugins.executors.cuda.device.stream import Graph, GraphExec, Stream
 from tests.support.cuda import FakeDriverApi
 
 

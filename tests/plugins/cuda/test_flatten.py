@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mortice.plugins.executors.cuda.errors import CompileError
-from mortice.plugins.executors.cuda.flatten import Headers, flatten
+from mortice.plugins.executors.cuda.compile.flatten import Headers, flatten
+from mortice.plugins.executors.cuda.device.errors import CompileError
 
 
 def tree(folder: Path, files: Mapping[str, str]) -> Path:

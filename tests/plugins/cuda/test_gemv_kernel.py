@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mortice.plugins.executors.cuda.gemv import gemv_shape
-from mortice.plugins.executors.cuda.layouts import tile_geometry
-from mortice.plugins.executors.cuda.linear_args import GemvArgs
+from mortice.plugins.executors.cuda.lowering.gemv import gemv_shape
+from mortice.plugins.executors.cuda.lowering.layouts import tile_geometry
+from mortice.plugins.executors.cuda.lowering.linear_args import GemvArgs
 from tests.plugins.cuda.test_gemv_shape import planned
 from tests.plugins.cuda.test_matmul_ring import aligned_copy
 from tests.plugins.qtypes.blocks import NAMES, TYPES, stored

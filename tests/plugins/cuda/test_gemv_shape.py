@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from mortice.core.model.operators import WeightRef
 from mortice.core.model.types import TensorView
 from mortice.core.model.weight_plan import PlannedWeight
-from mortice.plugins.executors.cuda.gemv import GemvShape, gemv_shape
-from mortice.plugins.executors.cuda.layouts import TileLayout, tile_geometry
+from mortice.plugins.executors.cuda.lowering.gemv import GemvShape, gemv_shape
+from mortice.plugins.executors.cuda.lowering.layouts import TileLayout, tile_geometry
 from tests.plugins.qtypes.blocks import NAMES, TYPES
 
 SM_BYTES, BLOCK_BYTES = 228 << 10, 227 << 10

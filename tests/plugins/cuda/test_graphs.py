@@ -10,7 +10,7 @@ import pytest
 from attrs import define, field
 
 from mortice.core.plugin.events import Event, GraphCaptured
-from mortice.plugins.executors.cuda.graphs import StepGraphs
+from mortice.plugins.executors.cuda.run.graphs import StepGraphs
 
 
 @define(eq=False)

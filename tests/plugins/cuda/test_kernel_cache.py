@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from attrs import evolve
 
-from mortice.plugins.executors.cuda.build import compile_all
-from mortice.plugins.executors.cuda.cache import KernelCache, cache_folder, cache_key
-from mortice.plugins.executors.cuda.errors import CompileError
-from mortice.plugins.executors.cuda.nvrtc import Compiled, KernelResources, Source
-from mortice.plugins.executors.cuda.toolkit import Compiler
+from mortice.plugins.executors.cuda.compile.build import compile_all
+from mortice.plugins.executors.cuda.compile.cache import KernelCache, cache_folder, cache_key
+from mortice.plugins.executors.cuda.compile.nvrtc import Compiled, KernelResources, Source
+from mortice.plugins.executors.cuda.device.errors import CompileError
+from mortice.plugins.executors.cuda.device.toolkit import Compiler
 from tests.support.cuda import needs_nvrtc
 
 COMPILED = Compiled(
@@ -177,9 +177,9 @@ def test_a_cache_that_cannot_be_written_is_noted_by_the_build(tmp_path: Path) ->
 RACER = """
 import sys
 from pathlib import Path
-from mortice.plugins.executors.cuda.build import compile_all
-from mortice.plugins.executors.cuda.cache import KernelCache
-from mortice.plugins.executors.cuda.nvrtc import Source
+from mortice.plugins.executors.cuda.compile.build import compile_all
+from mortice.plugins.executors.cuda.compile.cache import KernelCache
+from mortice.plugins.executors.cuda.compile.nvrtc import Source
 text = 'extern "C" __global__ void k(float* y) { y[threadIdx.x] = FACTOR; }'
 sources = [Source(name="k.cu", text=text, defines={"FACTOR": number}) for number in range(8)]
 sys.stdin.readline()

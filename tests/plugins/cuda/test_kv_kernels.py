@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from mortice.core.model.kv_types import KV_TYPES, kv_cache_bytes
 from mortice.core.model.program import KvShape
 from mortice.core.plugin.kv_pages import PAGE_TOKENS
-from mortice.plugins.executors.cuda.flatten import flatten
-from mortice.plugins.executors.cuda.kv_pool import page_bytes
-from mortice.plugins.executors.cuda.launches import StepRows
-from mortice.plugins.executors.cuda.lowering import _AttentionArgs, _PlaceArgs
-from mortice.plugins.executors.cuda.sources import KV_NAMES, OPS
+from mortice.plugins.executors.cuda.compile.flatten import flatten
+from mortice.plugins.executors.cuda.lowering.launches import StepRows
+from mortice.plugins.executors.cuda.lowering.lowering import _AttentionArgs, _PlaceArgs
+from mortice.plugins.executors.cuda.lowering.sources import KV_NAMES, OPS
+from mortice.plugins.executors.cuda.run.kv_pool import page_bytes
 from mortice.plugins.executors.reference import ops
 from mortice.plugins.executors.reference.kv_cache import through_kv_type
 from tests.support.cuda_on_cpu import compile_for_cpu, needs_cpu_compiler, pointer

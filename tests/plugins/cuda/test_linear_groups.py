@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from mortice.core.model.operators import Add, AddBias, Buffer, GatedAct, Linear, Norm, NormType, WeightRef
 from mortice.core.model.types import TensorView
 from mortice.core.model.weight_plan import PlannedWeight
-from mortice.plugins.executors.cuda import matmul
-from mortice.plugins.executors.cuda.fusion import LinearGroup
-from mortice.plugins.executors.cuda.launches import Addresses, GemmSpec, LaunchSpec, Spec, StepRows
-from mortice.plugins.executors.cuda.layouts import TileLayout
-from mortice.plugins.executors.cuda.linear import LinearLowering
-from mortice.plugins.executors.cuda.sources import KernelSources
-from mortice.plugins.executors.cuda.workspace import Workspace
+from mortice.plugins.executors.cuda.lowering import matmul
+from mortice.plugins.executors.cuda.lowering.fusion import LinearGroup
+from mortice.plugins.executors.cuda.lowering.launches import Addresses, GemmSpec, LaunchSpec, Spec, StepRows
+from mortice.plugins.executors.cuda.lowering.layouts import TileLayout
+from mortice.plugins.executors.cuda.lowering.linear import LinearLowering
+from mortice.plugins.executors.cuda.lowering.sources import KernelSources
+from mortice.plugins.executors.cuda.lowering.workspace import Workspace
 from tests.plugins.cuda.test_tensor_kernels import tame
 from tests.plugins.qtypes.blocks import TYPES, stored
 from tests.support.cuda_on_cpu import TENSOR, compile_for_cpu, for_tensor_cores, needs_cpu_compiler

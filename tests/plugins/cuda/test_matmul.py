@@ -15,14 +15,14 @@ from mortice.core.model.types import DeviceInfo
 from mortice.core.model.weight_plan import WeightPlan, plan_weights
 from mortice.core.stages import open_file, validate_opened
 from mortice.core.testing.tiny_models import write_tiny_model
-from mortice.plugins.executors.cuda import matmul
-from mortice.plugins.executors.cuda.crossovers import GEMM_CANDIDATES, RowCrossovers
-from mortice.plugins.executors.cuda.cublas import WORKSPACE_BYTES
+from mortice.plugins.executors.cuda.device.cublas import WORKSPACE_BYTES
 from mortice.plugins.executors.cuda.executor import CudaExecutor
-from mortice.plugins.executors.cuda.fusion import Group, LinearGroup, PlaceGroup
-from mortice.plugins.executors.cuda.launches import Addresses, GemmSpec, LaunchSpec, StepRows, rope_key
-from mortice.plugins.executors.cuda.lowering import Lowering
-from mortice.plugins.executors.cuda.matmul import (
+from mortice.plugins.executors.cuda.lowering import matmul
+from mortice.plugins.executors.cuda.lowering.crossovers import GEMM_CANDIDATES, RowCrossovers
+from mortice.plugins.executors.cuda.lowering.fusion import Group, LinearGroup, PlaceGroup
+from mortice.plugins.executors.cuda.lowering.launches import Addresses, GemmSpec, LaunchSpec, StepRows, rope_key
+from mortice.plugins.executors.cuda.lowering.lowering import Lowering
+from mortice.plugins.executors.cuda.lowering.matmul import (
     GEMM_FROM_ROWS,
     MATMUL_TILES,
     STEP,
@@ -34,9 +34,9 @@ from mortice.plugins.executors.cuda.matmul import (
     rows_at_once,
     slices_of,
 )
-from mortice.plugins.executors.cuda.matmul_ring import RING_ROWS
-from mortice.plugins.executors.cuda.placing import LOGIT_ROWS, PARTIAL_ROWS, matmul_bytes, scratch_bytes
-from mortice.plugins.executors.cuda.sources import KernelSources
+from mortice.plugins.executors.cuda.lowering.matmul_ring import RING_ROWS
+from mortice.plugins.executors.cuda.lowering.placing import LOGIT_ROWS, PARTIAL_ROWS, matmul_bytes, scratch_bytes
+from mortice.plugins.executors.cuda.lowering.sources import KernelSources
 from tests.plugins.qtypes.blocks import TYPES
 from tests.support.tiny import CONTRACTS, QTYPES, REGISTRY
 

@@ -11,11 +11,11 @@ from attrs import define, field
 from numpy.typing import NDArray
 
 from mortice.core.model.operators import Act, Add, Buffer, GatedAct, Linear, Norm, WeightRef
-from mortice.plugins.executors.cuda.fusion import LinearGroup
-from mortice.plugins.executors.cuda.layouts import tile_geometry
-from mortice.plugins.executors.cuda.linear_args import RingArgs
-from mortice.plugins.executors.cuda.matmul_ring import ring_shape
-from mortice.plugins.executors.cuda.sources import ring_defines
+from mortice.plugins.executors.cuda.lowering.fusion import LinearGroup
+from mortice.plugins.executors.cuda.lowering.layouts import tile_geometry
+from mortice.plugins.executors.cuda.lowering.linear_args import RingArgs
+from mortice.plugins.executors.cuda.lowering.matmul_ring import ring_shape
+from mortice.plugins.executors.cuda.lowering.sources import ring_defines
 from tests.plugins.qtypes.blocks import NAMES, TYPES, stored
 from tests.support.cuda_on_cpu import needs_cpu_compiler
 from tests.support.tensor_kernels import Wide, compiled, inputs, run, tame

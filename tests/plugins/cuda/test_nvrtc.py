@@ -9,11 +9,11 @@ from types import ModuleType
 import pytest
 
 from mortice.core.errors import DeviceError
-from mortice.plugins.executors.cuda.build import compile_all
-from mortice.plugins.executors.cuda.errors import CompileError
-from mortice.plugins.executors.cuda.flatten import flatten
-from mortice.plugins.executors.cuda.nvrtc import KernelResources, Source, compile_cubin, read_resources
-from mortice.plugins.executors.cuda.toolkit import Compiler, header_version, look_for_compiler
+from mortice.plugins.executors.cuda.compile.build import compile_all
+from mortice.plugins.executors.cuda.compile.flatten import flatten
+from mortice.plugins.executors.cuda.compile.nvrtc import KernelResources, Source, compile_cubin, read_resources
+from mortice.plugins.executors.cuda.device.errors import CompileError
+from mortice.plugins.executors.cuda.device.toolkit import Compiler, header_version, look_for_compiler
 from tests.support.cuda import needs_nvrtc
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")

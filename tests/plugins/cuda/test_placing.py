@@ -10,9 +10,9 @@ from mortice.core.model import operators as op
 from mortice.core.model.operators import Buffer, Operator
 from mortice.core.model.program import Program, build_program
 from mortice.core.model.validation import validate
-from mortice.plugins.executors.cuda import placing
-from mortice.plugins.executors.cuda.fusion import Group, fuse
-from mortice.plugins.executors.cuda.placing import LOGIT_ROWS, matmul_bytes, place_program
+from mortice.plugins.executors.cuda.lowering import placing
+from mortice.plugins.executors.cuda.lowering.fusion import Group, fuse
+from mortice.plugins.executors.cuda.lowering.placing import LOGIT_ROWS, matmul_bytes, place_program
 from tests.support.in_memory import model_file
 from tests.unit.model.test_families import CASES, build
 

@@ -17,11 +17,11 @@ from mortice.core.model.types import DeviceInfo
 from mortice.core.model.validation import validate
 from mortice.core.model.weight_plan import plan_weights
 from mortice.core.stages import open_file
+from mortice.plugins.executors.cuda.compile.flatten import flatten
 from mortice.plugins.executors.cuda.executor import CudaExecutor
-from mortice.plugins.executors.cuda.flatten import flatten
-from mortice.plugins.executors.cuda.launches import LaunchSpec
-from mortice.plugins.executors.cuda.lowering import Lowering
-from mortice.plugins.executors.cuda.sources import OPS, KernelSources
+from mortice.plugins.executors.cuda.lowering.launches import LaunchSpec
+from mortice.plugins.executors.cuda.lowering.lowering import Lowering
+from mortice.plugins.executors.cuda.lowering.sources import OPS, KernelSources
 from mortice.plugins.executors.reference import ops
 from tests.support.cuda_on_cpu import compile_for_cpu, needs_cpu_compiler, pointer
 from tests.support.tiny import CONTRACTS, REGISTRY, tiny

@@ -16,9 +16,9 @@ from attrs import define, evolve, field
 from mortice.core.errors import InputError
 from mortice.core.model.operators import Linear, WeightRef
 from mortice.core.model.weight_plan import PlannedWeight
-from mortice.plugins.executors.cuda.launches import Addresses, LaunchSpec, Spec
-from mortice.plugins.executors.cuda.lowering import Lowering
-from mortice.plugins.executors.cuda.product_times import ProductSteps, time_products
+from mortice.plugins.executors.cuda.lowering.launches import Addresses, LaunchSpec, Spec
+from mortice.plugins.executors.cuda.lowering.lowering import Lowering
+from mortice.plugins.executors.cuda.run.product_times import ProductSteps, time_products
 from tests.plugins.cuda.test_matmul import addresses, lowering
 
 L2_BYTES = 1 << 20

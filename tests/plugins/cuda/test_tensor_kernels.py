@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mortice.plugins.executors.cuda.layouts import tile_geometry
-from mortice.plugins.executors.cuda.linear_args import FinishArgs, InputArgs, MatmulArgs
+from mortice.plugins.executors.cuda.lowering.layouts import tile_geometry
+from mortice.plugins.executors.cuda.lowering.linear_args import FinishArgs, InputArgs, MatmulArgs
 from tests.plugins.qtypes.blocks import NAMES, TYPES, stored
 from tests.support.cuda_on_cpu import needs_cpu_compiler
 from tests.support.tensor_kernels import Array, Wide, compiled, inputs, run, tame

@@ -15,22 +15,22 @@ import pytest
 from attrs import evolve
 
 from mortice.core.plugin.events import Event, WaysMeasured
-from mortice.plugins.executors.cuda import kernels, loaded, tuning
-from mortice.plugins.executors.cuda.build import Build
-from mortice.plugins.executors.cuda.crossovers import (
+from mortice.plugins.executors.cuda.compile.build import Build
+from mortice.plugins.executors.cuda.compile.nvrtc import Compiled, Source
+from mortice.plugins.executors.cuda.device.device import Device, open_device
+from mortice.plugins.executors.cuda.device.toolkit import Compiler
+from mortice.plugins.executors.cuda.lowering.crossovers import (
     GEMM_CANDIDATES,
     RING_CANDIDATES,
     RowCrossovers,
     Timing,
     choose_crossovers,
 )
-from mortice.plugins.executors.cuda.device import Device, open_device
-from mortice.plugins.executors.cuda.launches import LaunchSpec
-from mortice.plugins.executors.cuda.lowering import Lowering
-from mortice.plugins.executors.cuda.nvrtc import Compiled, Source
-from mortice.plugins.executors.cuda.toolkit import Compiler
-from mortice.plugins.executors.cuda.tuned import TunedFile, tuned_for
-from mortice.plugins.executors.cuda.tuning import Compilation, compile_tuned, measured_kernels, plan_trial
+from mortice.plugins.executors.cuda.lowering.launches import LaunchSpec
+from mortice.plugins.executors.cuda.lowering.lowering import Lowering
+from mortice.plugins.executors.cuda.run import kernels, loaded, tuning
+from mortice.plugins.executors.cuda.run.tuned import TunedFile, tuned_for
+from mortice.plugins.executors.cuda.run.tuning import Compilation, compile_tuned, measured_kernels, plan_trial
 from tests.plugins.cuda.test_matmul import lowering
 from tests.support.cuda import FakeDriverApi
 

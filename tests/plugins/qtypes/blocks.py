@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mortice.core.plugin.interfaces import QuantizationType
-from mortice.plugins.executors.cuda.layouts import TileLayout
+from mortice.plugins.executors.cuda.lowering.layouts import TileLayout
 from mortice.plugins.executors.cuda.type_trial import aligned
 from mortice.plugins.qtypes import mortice_qtypes
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mortice.core.errors import UnsupportedError
-from mortice.plugins.executors.cuda.layouts import tile_geometry
+from mortice.plugins.executors.cuda.lowering.layouts import tile_geometry
 from tests.plugins.qtypes.blocks import NAMES, TYPES
 
 WIDTHS = (576, 896, 1024, 1536, 2048, 2560, 3072, 3584, 4096, 4864, 8960, 9728, 11008, 12288, 14336, 18944)

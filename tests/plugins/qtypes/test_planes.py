@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mortice.core.model.qtypes import QType
 from mortice.core.plugin.interfaces import QuantizationType
-from mortice.plugins.executors.cuda.layouts import tile_geometry
+from mortice.plugins.executors.cuda.lowering.layouts import tile_geometry
 from tests.plugins.qtypes.blocks import NAMES, TYPES, stored
 
 

@@ -13,7 +13,7 @@ from mortice.core.testing import fake_device
 from mortice.core.testing.fake_device import FakeIntake, OnCall, stored_by_the_host
 from mortice.core.testing.tiny_models import write_tiny_model
 from mortice.plugins.executors.cuda.executor import CudaExecutor
-from mortice.plugins.executors.cuda.layouts import TileLayout, tile_geometry
+from mortice.plugins.executors.cuda.lowering.layouts import TileLayout, tile_geometry
 from mortice.plugins.loaders.gguf.loader import open_gguf
 from mortice.plugins.qtypes import mortice_qtypes
 from tests.support.tiny import CONTRACTS

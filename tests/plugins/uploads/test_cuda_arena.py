@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from mortice.core.errors import DoesNotFitError, UnsupportedError
 from mortice.core.model.residency import RawRows, ResidentWeights
 from mortice.core.model.weight_plan import ALIGNMENT, WeightPlan
-from mortice.plugins.executors.cuda import arena as arena_module
-from mortice.plugins.executors.cuda.arena import CudaArena, begin_staging, repack_source, repack_sources
-from mortice.plugins.executors.cuda.device import Device, open_device
-from mortice.plugins.executors.cuda.errors import CudaError
-from mortice.plugins.executors.cuda.layouts import TileLayout, tile_geometry
-from mortice.plugins.executors.cuda.module import Int, Pointer
-from mortice.plugins.executors.cuda.nvrtc import Compiled, Source, compile_cubin
+from mortice.plugins.executors.cuda.compile.nvrtc import Compiled, Source, compile_cubin
+from mortice.plugins.executors.cuda.device.device import Device, open_device
+from mortice.plugins.executors.cuda.device.errors import CudaError
+from mortice.plugins.executors.cuda.device.module import Int, Pointer
+from mortice.plugins.executors.cuda.lowering.layouts import TileLayout, tile_geometry
+from mortice.plugins.executors.cuda.weights import arena as arena_module
+from mortice.plugins.executors.cuda.weights.arena import CudaArena, begin_staging, repack_source, repack_sources
 from mortice.plugins.uploads.device import mortice_upload_strategies
 from tests.plugins.uploads.fakes import open_model, plan_for_cuda
 from tests.support.cuda import FakeDriverApi, needs_nvrtc

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mortice.core.errors import DeviceError
-from mortice.plugins.executors.cuda.errors import CompileError
+from mortice.plugins.executors.cuda.device.errors import CompileError
 
 __all__ = ["HEADERS", "ONE_THREAD", "compile_for_cpu", "find_cpu_compiler"]
 

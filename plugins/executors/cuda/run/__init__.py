@@ -1,0 +1,1 @@
+"""Steps on the card: compiled launches, memory, graphs, the choice of tokens."""

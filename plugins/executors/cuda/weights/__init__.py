@@ -1,0 +1,1 @@
+"""Weights on the card: their memory, and how they come to lie there."""
