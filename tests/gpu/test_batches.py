@@ -20,8 +20,8 @@ from mortice.core.plugin.token_choice import ChoicePart, TokenChoice
 from mortice.core.testing.tiny_models import write_tiny_model
 from mortice.core.text.params import GenerationParams, SamplingParams
 from mortice.core.text.sampling import Sampled
+from mortice.plugins.executors.cuda.lowering.launches import MAX_SEQUENCES
 from mortice.plugins.executors.cuda.run.kv_pool import CudaSequence
-from mortice.plugins.executors.cuda.run.rows import MAX_SEQUENCES
 from mortice.plugins.executors.cuda.run.runtime import CudaRuntime
 from tests.gpu.test_executor import EXACT, FAMILIES, ROUNDED, error, load, prompt
 from tests.support.cuda import needs_gpu

@@ -22,9 +22,10 @@ from mortice.core.text.sampling import Sampled, Sampler
 from mortice.plugins.executors.cuda.compile.nvrtc import compile_cubin
 from mortice.plugins.executors.cuda.device.device import Device, open_device
 from mortice.plugins.executors.cuda.device.module import Launch
+from mortice.plugins.executors.cuda.lowering.choice_args import THREADS, choice_blocks
+from mortice.plugins.executors.cuda.lowering.launches import MAX_SEQUENCES
 from mortice.plugins.executors.cuda.lowering.sources import KernelSources
-from mortice.plugins.executors.cuda.run.choosing import THREADS, TokenChooser, choice_blocks
-from mortice.plugins.executors.cuda.run.rows import MAX_SEQUENCES
+from mortice.plugins.executors.cuda.run.choosing import TokenChooser
 from tests.support.cuda import needs_gpu
 from tests.support.draws import possible_tokens
 from tests.support.tiny import CONTRACTS

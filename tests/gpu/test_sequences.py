@@ -15,8 +15,8 @@ from mortice.core.plugin.interfaces import StepPart
 from mortice.core.plugin.kv_pages import PAGE_TOKENS, page_count
 from mortice.core.session import Session
 from mortice.core.testing.tiny_models import write_tiny_model
+from mortice.plugins.executors.cuda.lowering.launches import MAX_SEQUENCES
 from mortice.plugins.executors.cuda.run.kv_pool import CudaSequence
-from mortice.plugins.executors.cuda.run.rows import MAX_SEQUENCES
 from mortice.plugins.executors.cuda.run.runtime import CudaRuntime
 from mortice.plugins.executors.cuda.run.runtime_memory import CODE_BYTES
 from tests.gpu.test_executor import EXACT, ROUNDED, error, load, prompt

@@ -86,6 +86,10 @@ FLOORS = (  # from the ground up
     Floor("cli", ("core/cli/*",), "speaks to people; nothing builds on it"),
     Floor("face", (FACE,), "what `import mortice` offers; nothing inside uses it"),
 )
+CUDA = "plugins/executors/cuda/"
+CUDA_PARTS = ("device", "compile", "lowering", "weights", "run")
+"""Packages of the CUDA executor, from the ground up; its other files stand above all of them."""
+
 GPU_PACKAGES = frozenset({"cuda", "cupy", "cupyx", "cupy_backends", "pynvml"})
 HEAVY_PACKAGES = frozenset({"cyclopts", "gguf", "hypothesis", "jinja2", "pytest", "rich", "tokenizers"})
 MAY_NAME_BUILT_INS = frozenset({"core/plugin/manager.py"})
@@ -191,6 +195,24 @@ def test_a_file_imports_only_from_its_floor_and_below() -> None:
             if own is not None and other is not None and other > own:
                 upper, lower = FLOORS[other], FLOORS[own]
                 wrong.append(f"{file} ({lower.name}) imports {target} ({upper.name}: {upper.why})")
+    assert not wrong, "imports that point upwards:\n" + "\n".join(wrong)
+
+
+def cuda_part_of(file: str) -> int:
+    """Index into `CUDA_PARTS`, or its length for what stands above them."""
+    part = file.removeprefix(CUDA).partition("/")[0]
+    return CUDA_PARTS.index(part) if part in CUDA_PARTS else len(CUDA_PARTS)
+
+
+def test_a_part_of_the_cuda_executor_imports_only_from_itself_and_those_below() -> None:
+    files = [file for file in source_files() if file.startswith(CUDA)]
+    assert {cuda_part_of(file) for file in files} == set(range(len(CUDA_PARTS) + 1)), "each part has files"
+    wrong = [
+        f"{file} imports {target}"
+        for file in files
+        for target in sorted(imports_of(file))
+        if target.startswith(CUDA) and cuda_part_of(target) > cuda_part_of(file)
+    ]
     assert not wrong, "imports that point upwards:\n" + "\n".join(wrong)
 
 

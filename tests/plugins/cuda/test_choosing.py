@@ -15,9 +15,7 @@ from mortice.core.text.params import SamplingParams
 from mortice.core.text.sampling import Sampler
 from mortice.plugins.executors.cuda.compile.flatten import flatten
 from mortice.plugins.executors.cuda.compile.nvrtc import Source, compile_cubin
-from mortice.plugins.executors.cuda.lowering.placing import LOGIT_ROWS
-from mortice.plugins.executors.cuda.lowering.sources import OPS
-from mortice.plugins.executors.cuda.run.choosing import (
+from mortice.plugins.executors.cuda.lowering.choice_args import (
     RING,
     ChooseArgs,
     Chosen,
@@ -26,7 +24,9 @@ from mortice.plugins.executors.cuda.run.choosing import (
     choice_params,
     choice_rows_at_once,
 )
-from mortice.plugins.executors.cuda.run.rows import MAX_SEQUENCES
+from mortice.plugins.executors.cuda.lowering.launches import MAX_SEQUENCES
+from mortice.plugins.executors.cuda.lowering.placing import LOGIT_ROWS
+from mortice.plugins.executors.cuda.lowering.sources import OPS
 from tests.support.cuda import needs_nvrtc
 from tests.support.cuda_on_cpu import compile_for_cpu, needs_cpu_compiler
 from tests.support.draws import possible_tokens

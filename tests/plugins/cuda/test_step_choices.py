@@ -17,7 +17,7 @@ from mortice.core.plugin.kv_pages import PAGE_TOKENS, PagedRuntime, PagePool
 from mortice.core.plugin.token_choice import ChoicePart
 from mortice.core.text.params import SamplingParams
 from mortice.core.text.sampling import Sampled
-from mortice.plugins.executors.cuda.run.choosing import RING
+from mortice.plugins.executors.cuda.lowering.choice_args import RING
 from mortice.plugins.executors.cuda.run.kv_pool import CudaSequence
 from mortice.plugins.executors.cuda.run.rows import Row
 from mortice.plugins.executors.cuda.run.step_choices import CudaChoice, StepChoices

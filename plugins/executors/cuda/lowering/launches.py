@@ -13,7 +13,10 @@ from mortice.plugins.executors.cuda.compile.nvrtc import Source
 from mortice.plugins.executors.cuda.device.cublas import Gemm
 from mortice.plugins.executors.cuda.device.stream import Stream
 
-__all__ = ["Addresses", "GemmSpec", "LaunchSpec", "Queued", "Spec", "StepRows", "rope_key"]
+__all__ = ["MAX_SEQUENCES", "Addresses", "GemmSpec", "LaunchSpec", "Queued", "Spec", "StepRows", "rope_key"]
+
+MAX_SEQUENCES = 32
+"""Sequences that may be open at once."""
 
 
 class StepRows(ctypes.Structure):

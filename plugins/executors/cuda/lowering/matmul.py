@@ -49,7 +49,7 @@ STEP = 128
 
 GEMM_FROM_ROWS = 129
 """Rows from which expanding weights to memory and cuBLAS is faster than passes of 64: measured on an H100 with
-``ops/matmul.cu``, see docs/design/prefill-performance.md. `mortice.plugins.executors.cuda.lowering.crossovers` finds the card's
+``ops/matmul.cu``, see docs/design/prefill-performance.md. `crossovers` finds the card's
 own."""
 
 WEIGHT_SCRATCH = 128 << 20

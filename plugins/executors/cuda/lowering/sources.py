@@ -12,13 +12,13 @@ from mortice.core.model.weight_plan import PlannedWeight
 from mortice.plugins.executors.cuda.compile.flatten import Headers
 from mortice.plugins.executors.cuda.compile.nvrtc import Source
 from mortice.plugins.executors.cuda.lowering.attend_rows import rows_kernel
+from mortice.plugins.executors.cuda.lowering.choice_args import choice_defines
 from mortice.plugins.executors.cuda.lowering.fusion import PlaceGroup
 from mortice.plugins.executors.cuda.lowering.gemv import GemvShape
 from mortice.plugins.executors.cuda.lowering.layouts import tile_geometry
 from mortice.plugins.executors.cuda.lowering.matmul import AttentionTile, MatmulTile, Slices
 from mortice.plugins.executors.cuda.lowering.matmul_input import InputCut, LeftProducts
 from mortice.plugins.executors.cuda.lowering.matmul_ring import RingShape
-from mortice.plugins.executors.cuda.run.choosing import choice_defines
 
 __all__ = ["ACTIVATIONS", "KV_NAMES", "KernelSources", "ring_defines"]
 

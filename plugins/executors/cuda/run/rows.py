@@ -11,13 +11,10 @@ from numpy.typing import NDArray
 
 from mortice.plugins.executors.cuda.device.device import Device
 from mortice.plugins.executors.cuda.device.stream import Stream
-from mortice.plugins.executors.cuda.lowering.launches import StepRows
+from mortice.plugins.executors.cuda.lowering.launches import MAX_SEQUENCES, StepRows
 from mortice.plugins.executors.cuda.run.kv_pool import CudaSequence
 
-__all__ = ["MAX_SEQUENCES", "Row", "RowTable", "one_row_each"]
-
-MAX_SEQUENCES = 32
-"""Sequences that may be open at once."""
+__all__ = ["Row", "RowTable", "one_row_each"]
 
 Row = tuple[CudaSequence, int, int, bool]
 """(sequence, token id, position, whether logits are wanted)"""

@@ -23,18 +23,19 @@ from mortice.core.text.sampling import Sampled
 from mortice.plugins.executors.cuda.device.device import Device
 from mortice.plugins.executors.cuda.device.module import Launch
 from mortice.plugins.executors.cuda.device.stream import Event, GraphExec, Stream
-from mortice.plugins.executors.cuda.lowering.launches import Addresses, Queued, Spec
+from mortice.plugins.executors.cuda.lowering.choice_args import TOP_LIMIT
+from mortice.plugins.executors.cuda.lowering.launches import MAX_SEQUENCES, Addresses, Queued, Spec
 from mortice.plugins.executors.cuda.lowering.lowering import Lowering
 from mortice.plugins.executors.cuda.lowering.matmul import RowPath
 from mortice.plugins.executors.cuda.lowering.placing import LOGIT_ROWS
 from mortice.plugins.executors.cuda.run.bandwidth import measure_read_bandwidth
-from mortice.plugins.executors.cuda.run.choosing import TOP_LIMIT, TokenChooser, check_bias
+from mortice.plugins.executors.cuda.run.choosing import TokenChooser, check_bias
 from mortice.plugins.executors.cuda.run.decoder import Decoder
 from mortice.plugins.executors.cuda.run.graphs import StepGraphs
 from mortice.plugins.executors.cuda.run.kernels import Kernels
 from mortice.plugins.executors.cuda.run.kv_pool import CudaSequence
 from mortice.plugins.executors.cuda.run.loaded import LoadedKernels
-from mortice.plugins.executors.cuda.run.rows import MAX_SEQUENCES, Row, RowTable, one_row_each
+from mortice.plugins.executors.cuda.run.rows import Row, RowTable, one_row_each
 from mortice.plugins.executors.cuda.run.runtime_memory import RuntimeMemory
 from mortice.plugins.executors.cuda.run.step_choices import CudaChoice, StepChoices
 from mortice.plugins.executors.cuda.run.tracing import Part, profile, trace

@@ -17,14 +17,14 @@ from mortice.core.plugin.kv_pages import page_count
 from mortice.plugins.executors.cuda.device.device import Device
 from mortice.plugins.executors.cuda.device.memory import HostBuffer
 from mortice.plugins.executors.cuda.device.stream import Stream
+from mortice.plugins.executors.cuda.lowering.choice_args import choice_bytes
 from mortice.plugins.executors.cuda.lowering.crossovers import gemm_thresholds
-from mortice.plugins.executors.cuda.lowering.launches import Addresses, rope_key
+from mortice.plugins.executors.cuda.lowering.launches import MAX_SEQUENCES, Addresses, rope_key
 from mortice.plugins.executors.cuda.lowering.lowering import Lowering
 from mortice.plugins.executors.cuda.lowering.matmul import rows_at_once
 from mortice.plugins.executors.cuda.lowering.placing import LOGIT_ROWS, matmul_bytes, place_program, scratch_bytes
-from mortice.plugins.executors.cuda.run.choosing import choice_bytes
 from mortice.plugins.executors.cuda.run.kv_pool import kv_pool_bytes, page_bytes
-from mortice.plugins.executors.cuda.run.rows import MAX_SEQUENCES, RowTable
+from mortice.plugins.executors.cuda.run.rows import RowTable
 
 __all__ = ["CODE_BYTES", "CUBLAS_BYTES", "RuntimeMemory", "runtime_bytes"]
 
