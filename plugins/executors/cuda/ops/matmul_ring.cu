@@ -41,8 +41,9 @@ struct Barriers {
     uint64 summed[kSumBuffers], added[kSumBuffers];  // buffers: the sums of all warps are there; they have been added
 
     __device__ __forceinline__ void start() {
-        for (int i = 0; i < SLOTS; ++i) start_barrier(filled + i, kAskers), start_barrier(left + i, WARPS);
-        for (int i = 0; i < kSumBuffers; ++i) start_barrier(summed + i, WARPS), start_barrier(added + i, kAskers);
+        constexpr int kLanes = ARRIVING_LANES;
+        for (int i = 0; i < SLOTS; ++i) start_barrier(filled + i, kAskers), start_barrier(left + i, WARPS * kLanes);
+        for (int i = 0; i < kSumBuffers; ++i) start_barrier(summed + i, WARPS * kLanes), start_barrier(added + i, kAskers * kLanes);
         publish_barriers();
     }
 };
@@ -50,7 +51,7 @@ struct Barriers {
 // Tells a barrier that this warp has done its part; who waits for it sees what the lanes did before.
 __device__ __forceinline__ void warp_arrives(uint64* barrier) {
     __syncwarp();
-    if (threadIdx.x % kWarp == 0) arrive(barrier);
+    if (threadIdx.x % kWarp < ARRIVING_LANES) arrive(barrier);
 }
 
 // Where in the launch a block is.
@@ -240,7 +241,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) matmul_ring(const __gr
         wait_for_part(kInputRead, kThreads);
 #pragma unroll 1
         for (int slot = kEarlySlots; slot < SLOTS; ++slot) asking.ask(Segments{}, args);
-        __syncthreads();
+        wait_for_part(kAllMeet, kThreads);
         find_factors(args, squares, factors);
         wait_for_part(kHelpersMeet, HELPERS * kWarp);
         help(args, barriers, asking, sums, factors, share);
@@ -257,7 +258,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) matmul_ring(const __gr
     wait_for_previous_kernel();
     Input input;
     read_input(args, norm, share.first, share.slice, shared + warp * kStageBytes, input, squares);
-    __syncthreads();  // the stages become sums, and the barriers are there
+    wait_for_part(kAllMeet, kThreads);  // the stages become sums, and the barriers are there
     Multiplying multiplying{barriers, asking.slots, sums, input};
     if constexpr (HELPERS > 0) {
         multiply_all(multiplying, share);

@@ -11,7 +11,13 @@ constexpr int kTiles = PASS / 8;
 constexpr int kThreads = (WARPS + HELPERS) * kWarp;
 constexpr int kFirstAsker = HELPERS > 0 ? WARPS : 0, kAskers = HELPERS > 0 ? HELPERS : WARPS;  // warps that ask and add
 constexpr int kEarlySlots = SLOTS > EARLY ? EARLY : SLOTS;
-constexpr int kHelpersMeet = 1, kInputRead = 2;  // named barriers
+constexpr int kHelpersMeet = 1, kInputRead = 2, kAllMeet = 3;  // named barriers
+
+// Lanes of a warp that arrive at a barrier in shared memory: one, when all have come to it. compute-sanitizer's racecheck
+// follows such barriers lane by lane and knows nothing of what a warp's lanes have seen of each other: under it all arrive.
+#ifndef ARRIVING_LANES
+#define ARRIVING_LANES 1
+#endif
 constexpr int kParts = GATED ? 2 : 1;  // slots of a unit
 constexpr bool kAsksEachPart = kParts > 1 && SLOTS < 4;  // else when both are free
 
