@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args
 
@@ -210,9 +210,12 @@ def model_faults(value: object) -> Iterator[str]:
     if not isinstance(value.metadata, Mapping) or not isinstance(value.tensors, Mapping):
         yield "metadata and tensors are to be mappings by name"
         return
-    for key in value.metadata:
+    for key, item in value.metadata.items():
         if not isinstance(key, str):
             yield f"metadata key {key!r} is not a string"
+        elif not _is_metadata(item):
+            wanted = "a scalar, a NumPy array of one dimension or a sequence of strings"
+            yield f"metadata {key!r:.80} is {type(item).__name__}, wanted {wanted}"
     for name, view in value.tensors.items():
         if not isinstance(view, TensorView):
             yield f"tensor {name!r} is a {type(view).__name__}, wanted a TensorView"
@@ -220,6 +223,16 @@ def model_faults(value: object) -> Iterator[str]:
             yield f"tensor {name!r} stands under another name than its own, {view.name!r}"
         elif view.make is None and (view.data.dtype != np.uint8 or view.data.ndim != 1):
             yield f"tensor {name!r}: data is {view.data.dtype} {view.data.shape}, wanted uint8 in one dimension"
+
+
+def _is_metadata(value: object) -> bool:
+    """Whether it is a `MetadataValue`, as far as its first item tells."""
+    if isinstance(value, np.ndarray):
+        return value.ndim == 1 and value.dtype.kind in "biuf"
+    if isinstance(value, bool | int | float | str | np.generic):
+        return True
+    is_sequence = isinstance(value, Sequence) and not isinstance(value, bytes | bytearray)
+    return is_sequence and (not len(value) or isinstance(value[0], str))
 
 
 def protocol_faults(value: object, protocol: type) -> Iterator[str]:

@@ -16,6 +16,9 @@ __all__ = ["Found", "find_models"]
 
 _SHARD = re.compile(r"(?P<stem>.+)-[0-9]{5}-of-(?P<count>[0-9]{5})(?P<suffix>\.[^.]+)", re.DOTALL)
 
+_NAMED_MODELS = (".gguf",)
+"""A link of such a name that leads nowhere is a model that is missing, as a cache or Git LFS leaves it."""
+
 TryOpen = Callable[[Path], ModelFile | None]
 """Opens a path, None for what no loader takes."""
 
@@ -73,7 +76,8 @@ class _Walk:
             yield from self.opened(folder, self.try_open)  # some formats are folders
             # a name with a suffix before one without: what a download cache calls a file by its hash comes last
             for path in sorted((folder / file for file in files), key=lambda path: (not path.suffix, path.name)):
-                if path.is_file() and not self.is_known(path):
+                dangling = path.suffix in _NAMED_MODELS and path.is_symlink() and not path.exists()
+                if (path.is_file() or dangling) and not self.is_known(path):
                     yield from self.opened(path, self.try_open)
             yield from self._unreadable(unreadable)
         yield from self._unreadable(unreadable)

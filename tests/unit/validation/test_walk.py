@@ -99,6 +99,14 @@ def test_hidden_folders_and_links_to_folders_are_not_entered(folder: Path) -> No
     assert names(found_in(folder), folder) == ["a.gguf", "b/c.bin"]
 
 
+def test_a_model_whose_link_leads_nowhere_is_a_model_that_cannot_be_opened(folder: Path) -> None:
+    (folder / "d.gguf").symlink_to(folder / "gone")
+    (folder / "notes.txt").symlink_to(folder / "gone")
+    found = found_in(folder)
+    assert [one.error is not None for one in found] == [False, True, False]
+    assert "d.gguf" in str(found[1].error)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_folder_that_cannot_be_read_is_named(folder: Path) -> None:
     (folder / "b").chmod(0)
