@@ -73,7 +73,7 @@ def beginning(path: Path) -> str:
 
 
 def read_small_text(path: Path, error: type[InputError], max_bytes: int = MAX_BYTES) -> str:
-    """The text of a regular file.
+    """The text of a regular file, without the byte order mark that some editors put before it.
 
     Args:
         path: the file.
@@ -92,7 +92,7 @@ def read_small_text(path: Path, error: type[InputError], max_bytes: int = MAX_BY
     if len(data) > max_bytes:
         raise error(f"{path}: cannot be read: wanted at most {max_bytes} bytes, found more")
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as fault:
         raise error(f"{path}: cannot be read: not UTF-8 at byte {fault.start}") from None
 

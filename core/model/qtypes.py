@@ -13,11 +13,7 @@ from attrs import field, frozen, validators
 
 from mortice.core.errors import InputError
 
-__all__ = ["GGML_TYPES", "QType", "UnknownQTypeError", "qtype_table"]
-
-
-class UnknownQTypeError(InputError):
-    """A tensor type id that no table entry and no plugin describes."""
+__all__ = ["GGML_TYPES", "QType", "qtype_table"]
 
 
 @frozen

@@ -18,6 +18,7 @@ __all__ = ["resolve_rope_scaling"]
 # Keys that would change the result and that nothing here implements, with the value that changes nothing.
 # Ignoring another value would be silently wrong.
 _UNSUPPORTED = {"yarn_ext_factor": 1.0}
+_LEAST = 2.0**-31
 _TABLES = ("rope_factors_short", "rope_factors_long")
 
 
@@ -108,6 +109,8 @@ class _Keys:
     def number(self, name: str, default: Any, *, least: float | None = None) -> float:
         """A positive number, or one of at least `least`."""
         value = self.file.metadata.get(self.key(name), default)
+        if least is None and isinstance(value, float) and 0 < value < _LEAST:
+            least = _LEAST  # less would leave the range of floats once it is divided by
         # 2**31 bounds a context length, and nothing here comes near it
         good = not isinstance(value, bool) and isinstance(value, (int, float)) and value < 2**31
         if not good or not (value > 0 if least is None else value >= least):

@@ -39,6 +39,11 @@ def test_bytes_that_are_no_utf_8_are_named_by_offset(tmp_path: Path) -> None:
     assert refusal(tmp_path / "a.toml") == "not UTF-8 at byte 4"
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_bytes(b"\xef\xbb\xbf[model]\n")
+    assert read_small_text(tmp_path / "a.toml", ConfigError) == "[model]\n"
+
+
 def test_a_contract_is_read_within_the_same_bounds(tmp_path: Path) -> None:
     with pytest.raises(ContractError, match="found a device"):
         read_contract(Path("/dev/zero"))

@@ -71,6 +71,7 @@ def with_key(key: str, value: Any, contract: Contract = LLAMA) -> list[Finding]:
         ("rope.scaling.type", np.array([1, 2]), "llama.rope.scaling.type: array([1, 2]); llama allows"),
         ("rope.scaling.type", "linear", "llama.rope.scaling.factor: missing; wanted a positive number"),
         ("rope.scaling.factor", 0.0, "llama.rope.scaling.factor: 0.0; wanted a positive number"),
+        ("rope.scaling.factor", 5e-324, "llama.rope.scaling.factor: 5e-324; wanted a number of at least 4.65661e-10"),
         ("rope.scale_linear", math.nan, "llama.rope.scale_linear: nan; wanted a positive number"),
     ],
 )
