@@ -226,13 +226,14 @@ def model_faults(value: object) -> Iterator[str]:
 
 
 def _is_metadata(value: object) -> bool:
-    """Whether it is a `MetadataValue`, as far as its first item tells."""
+    """Whether it is a `MetadataValue`, as far as its first item tells; items that may be made when asked for are not."""
     if isinstance(value, np.ndarray):
         return value.ndim == 1 and value.dtype.kind in "biuf"
     if isinstance(value, bool | int | float | str | np.generic):
         return True
-    is_sequence = isinstance(value, Sequence) and not isinstance(value, bytes | bytearray)
-    return is_sequence and (not len(value) or isinstance(value[0], str))
+    if not isinstance(value, Sequence) or isinstance(value, bytes | bytearray):
+        return False
+    return not value or not isinstance(value, list | tuple) or isinstance(value[0], str)
 
 
 def protocol_faults(value: object, protocol: type) -> Iterator[str]:

@@ -156,7 +156,10 @@ def bad_data(path: Path) -> ModelFile:
         (lambda path: with_fields(path, metadata={"a": None}), "metadata 'a' is NoneType, wanted a scalar, .*"),
         (lambda path: with_fields(path, metadata={"a": {"b": 1}}), "metadata 'a' is dict, wanted a scalar, .*"),
         (lambda path: with_fields(path, metadata={"a": [1, 2]}), "metadata 'a' is list, wanted a scalar, .*"),
-        (lambda path: with_fields(path, metadata={"a": np.ones((2, 2))}), "metadata 'a' is ndarray, wanted a scalar, .*"),
+        (
+            lambda path: with_fields(path, metadata={"a": np.ones((2, 2))}),
+            "metadata 'a' is ndarray, wanted a scalar, .*",
+        ),
         (lambda path: with_fields(path, tensors={"a": b""}), "tensor 'a' is a bytes, wanted a TensorView"),
         (bad_names, "tensor 'a' stands under another name than its own, 'b'"),
         (bad_data, r"tensor 'a': data is float32 \(1,\), wanted uint8 in one dimension"),
