@@ -226,7 +226,7 @@ def model_faults(value: object) -> Iterator[str]:
 
 
 def _is_metadata(value: object) -> bool:
-    """Whether it is a `MetadataValue`, as far as its first item tells; items that may be made when asked for are not."""
+    """Whether it is a `MetadataValue`, as far as its first item tells; none is asked for that may be made only then."""
     if isinstance(value, np.ndarray):
         return value.ndim == 1 and value.dtype.kind in "biuf"
     if isinstance(value, bool | int | float | str | np.generic):
