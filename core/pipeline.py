@@ -68,7 +68,7 @@ def prepare(config: RunConfig, registry: Registry | None = None, *, require_fit:
         DeviceError: when the executor asked for has no device it can use.
 
     """
-    registry = registry or registry_for(config)
+    registry = registry or registry_for(config, wake=True)
     wake_executor(registry, config.executor.name)
     return prepare_opened(config, registry, open_file(registry, config.model.path), require_fit=require_fit)
 

@@ -41,11 +41,11 @@ __all__ = [
 _DEFAULT_CONTEXT = 4096
 
 
-def registry_for(config: RunConfig) -> Registry:
-    """The plugins of a run."""
+def registry_for(config: RunConfig, *, wake: bool = False) -> Registry:
+    """The plugins of a run; `wake` as `wake_executor` does, but before plugins are asked for all else."""
     plugins = config.plugins
     policy = PluginPolicy(allow=plugins.allow, block=plugins.block, strict=plugins.strict)
-    return make_registry(policy, prefer=plugins.prefer)
+    return make_registry(policy, prefer=plugins.prefer, waking=_first_executor(config.executor.name) if wake else "")
 
 
 def open_file(registry: Registry, path: Path | None) -> ModelFile:
@@ -155,13 +155,17 @@ def _fact(error: DeviceError) -> str:
 
 def wake_executor(registry: Registry, name: str) -> None:
     """Let the executor that `choose_executor` will try first bring its device up while the file is read."""
-    first = "cuda" if name == "auto" else name
-    if first not in registry.executors:
+    first = _first_executor(name)
+    if first == registry.woken or first not in registry.executors:
         return
     executor = registry.executor(first)
     if isinstance(executor, Wakes):
         with registry.naming(executor, "wake"):
             executor.wake()
+
+
+def _first_executor(name: str) -> str:
+    return "cuda" if name == "auto" else name
 
 
 def choose_upload(registry: Registry, executor: Executor, device: DeviceInfo, name: str) -> UploadStrategy:

@@ -31,7 +31,7 @@ def planned(screen: Screen, config: RunConfig) -> Iterator[Pipeline]:
     from mortice.core.pipeline import prepare
     from mortice.core.stages import registry_for
 
-    registry = registry_for(config)
+    registry = registry_for(config, wake=True)
     try:
         pipeline = prepare(config, registry, require_fit=False)
     except ValidationError as error:

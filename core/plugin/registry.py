@@ -43,6 +43,7 @@ class Registry:
         qtype_table: every tensor type a loader may meet, by id.
         prefer: how the config decides conflicts.
         conflicts: keys that nothing decides; `make_registry` gives a registry that has none.
+        woken: the executor whose device comes up already; nothing where none was to be woken.
         observers: the program's own, told before the plugins; what they raise is passed on as it is.
 
     """
@@ -55,6 +56,7 @@ class Registry:
     qtype_table: Mapping[int, QType] = field(repr=False)
     prefer: Mapping[str, str] = field(factory=dict)
     conflicts: tuple[Conflict, ...] = ()
+    woken: str = ""
     observers: list[Callable[[Event], None]] = field(factory=list)
 
     def open_model(self, path: Path) -> ModelFile:
@@ -230,6 +232,7 @@ def make_registry(
     *,
     prefer: Mapping[str, str] | None = None,
     given: Iterable[tuple[str, object]] = (),
+    waking: str = "",
 ) -> Registry:
     """A registry of the built-ins, the installed plugins and `given` ones.
 
@@ -239,6 +242,7 @@ def make_registry(
             ``qtype:NAME``, ``upload:NAME``, ``executor:NAME``, ``loader:SUFFIX`` (``none`` for a path without one) and
             ``kernel:OPERATOR:QTYPE``.
         given: further plugins as (name, object).
+        waking: the executor that will be asked for first: its device begins to come up meanwhile (`Wakes`).
 
     Raises:
         ConfigError: for a preference that cannot be met.
@@ -246,7 +250,7 @@ def make_registry(
             `prefer` does not decide, naming both plugins and their distributions.
 
     """
-    registry = _registry(PluginManager.create(policy, tuple(given)), prefer)
+    registry = _registry(PluginManager.create(policy, tuple(given)), prefer, waking)
     if registry.conflicts:
         first, *others = registry.conflicts
         more = f" (and {len(others)} more conflicts, which `mortice plugins list` shows)" if others else ""
@@ -269,8 +273,8 @@ def survey(
     return _registry(PluginManager.create(policy, tuple(given), lenient=True, unfit=unfit), prefer)
 
 
-def _registry(manager: PluginManager, prefer: Mapping[str, str] | None) -> Registry:
-    found = resolve(manager, prefer or {})
+def _registry(manager: PluginManager, prefer: Mapping[str, str] | None, waking: str = "") -> Registry:
+    found = resolve(manager, prefer or {}, waking=waking)
     return Registry(
         manager=manager,
         contracts=found.contracts,
@@ -280,4 +284,5 @@ def _registry(manager: PluginManager, prefer: Mapping[str, str] | None) -> Regis
         qtype_table=found.qtype_table,
         prefer=dict(prefer or {}),
         conflicts=found.conflicts,
+        woken=found.woken,
     )

@@ -13,7 +13,7 @@ from mortice.arch_contracts.schema import Contract
 from mortice.core.errors import ConfigError, MorticeError, PluginError
 from mortice.core.model.qtypes import QType, qtype_table
 from mortice.core.plugin import conformance
-from mortice.core.plugin.interfaces import Executor, QuantizationType, UploadStrategy
+from mortice.core.plugin.interfaces import Executor, QuantizationType, UploadStrategy, Wakes
 from mortice.core.plugin.manager import PluginManager
 
 __all__ = ["Conflict", "Provided", "Resolution", "conflict_of", "resolve"]
@@ -55,6 +55,7 @@ class Resolution:
     executors: Mapping[str, Provided[Executor]]
     qtype_table: Mapping[int, QType] = field(repr=False)
     conflicts: tuple[Conflict, ...]
+    woken: str
 
 
 @frozen
@@ -74,12 +75,13 @@ _EXECUTOR = _Kind("executor", "mortice_executors", conformance.executor_faults, 
 _KINDS = (_CONTRACT, _QTYPE, _UPLOAD, _EXECUTOR)
 
 
-def resolve(manager: PluginManager, prefer: Mapping[str, str]) -> Resolution:
+def resolve(manager: PluginManager, prefer: Mapping[str, str], *, waking: str = "") -> Resolution:
     """Ask every plugin what it gives and decide who serves each key.
 
     Args:
         manager: the plugins; one with a fault in what it gives takes no part in the end.
         prefer: how the config decides conflicts.
+        waking: the executor that a run will ask for first: it is woken before plugins are asked for all else.
 
     Raises:
         ConfigError: for a preference that cannot be met.
@@ -87,7 +89,10 @@ def resolve(manager: PluginManager, prefer: Mapping[str, str]) -> Resolution:
 
     """
     met = _preferences_that_can_be_met(prefer, manager)
-    offers = _offers(manager, wanted=set(met.values()))
+    given = _given_by_plugins(manager, wanted=set(met.values()), kinds=(_EXECUTOR,))
+    woken = _wake(manager, _by_key(manager, given, _EXECUTOR).get(waking, {}), met.get(f"executor:{waking}"))
+    given += _given_by_plugins(manager, wanted=set(met.values()), kinds=(_CONTRACT, _QTYPE, _UPLOAD))
+    offers = {kind.name: _by_key(manager, given, kind) for kind in _KINDS}
     conflicts: list[Conflict] = []
     contracts, qtypes, uploads, executors = (
         _decide(manager, kind, offers[kind.name], met, conflicts) for kind in _KINDS
@@ -101,6 +106,7 @@ def resolve(manager: PluginManager, prefer: Mapping[str, str]) -> Resolution:
         executors=executors,
         qtype_table=table,
         conflicts=tuple(conflicts),
+        woken=waking if woken else "",
     )
 
 
@@ -135,25 +141,44 @@ def _fault_of_preference(key: str, plugin: str, manager: PluginManager) -> Morti
 _Offers = dict[str, dict[str, Any]]
 """Of one kind: key -> plugin -> what it gives."""
 
+_Given = list[tuple[str, _Kind, dict[str, Any]]]
+"""Who gave what: plugin, kind, things by key."""
 
-def _offers(manager: PluginManager, wanted: set[str]) -> dict[str, _Offers]:
-    """What plugins give, by kind; an installed one with a fault in any of it takes no part, unless it is `wanted`."""
-    offers: dict[str, _Offers] = {kind.name: {} for kind in _KINDS}
-    for plugin in manager.records:
-        own: list[tuple[_Kind, dict[str, Any]]] = []
-        for kind in _KINDS:
+
+def _given_by_plugins(manager: PluginManager, wanted: set[str], kinds: Iterable[_Kind]) -> _Given:
+    """What plugins give of some kinds; an installed one with a fault in it takes no part, unless it is `wanted`."""
+    given: _Given = []
+    for plugin, record in manager.records.items():
+        for kind in kinds if record.status == "active" else ():
             try:
                 with redirect_stdout(sys.stderr):  # a hook may be what imports the rest of its package
-                    own.append((kind, _given(manager, kind, plugin)))
+                    given.append((plugin, kind, _given(manager, kind, plugin)))
             except MorticeError as fault:
                 reason = conformance.describe(fault).removeprefix(f"{manager.origin(plugin)}: {kind.hook}: ")
                 manager.exclude(plugin, f"{kind.hook}: {reason}", fault, wanted=plugin in wanted)
                 break
-        else:
-            for kind, things in own:
-                for key, value in things.items():
-                    offers[kind.name].setdefault(key, {})[plugin] = value
+    return given
+
+
+def _by_key(manager: PluginManager, given: _Given, kind: _Kind) -> _Offers:
+    """What the plugins that take part give of a kind."""
+    offers: _Offers = {}
+    for plugin, own, things in given:
+        if own is kind and manager.records[plugin].status == "active":
+            for key, value in things.items():
+                offers.setdefault(key, {})[plugin] = value
     return offers
+
+
+def _wake(manager: PluginManager, executors: Mapping[str, Executor], preferred: str | None) -> bool:
+    """Wake the one of `executors`, by plugin, that will serve their name; False where none is to be woken."""
+    plugin = next(iter(executors)) if len(executors) == 1 else preferred
+    executor = executors.get(plugin) if plugin is not None else None
+    if plugin is None or not isinstance(executor, Wakes):
+        return False
+    with manager.naming(plugin, "wake"):
+        executor.wake()
+    return True
 
 
 def _given(manager: PluginManager, kind: _Kind, plugin: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from mortice.core.config import ExecutorConfig, ModelConfig, RunConfig
 from mortice.core.errors import PluginError
 from mortice.core.model.types import ModelFile
 from mortice.core.pipeline import Pipeline, prepare
+from mortice.core.plugin import registry
+from mortice.core.plugin.manager import PluginPolicy
 from mortice.core.plugin.registry import Registry
-from mortice.core.stages import open_file
+from mortice.core.stages import open_file, wake_executor
 from mortice.plugins.executors.reference.executor import ReferenceExecutor
 from tests.support.registry import like_reference, make_registry, plugin_of
 from tests.support.tiny import tiny
@@ -58,6 +61,37 @@ def test_an_executor_is_woken_before_the_file_is_opened(tmp_path: Path, monkeypa
     monkeypatch.setattr("mortice.core.pipeline.open_file", opened)
     with pipeline_with(tmp_path, wake=lambda _: calls.append("wake"), device=device):
         assert calls[:3] == ["wake", "open", "device"]
+
+
+def test_an_executor_is_woken_before_plugins_are_asked_for_all_else() -> None:
+    calls: list[str] = []
+    executor = like_reference(wake=lambda _: calls.append("wake"))
+
+    def contracts() -> list[object]:
+        calls.append("contracts")
+        return []
+
+    plugin = plugin_of(mortice_arch_contracts=contracts, mortice_executors=lambda: [executor])
+    for waking, wanted in (("mine", ["wake", "contracts"]), ("", ["contracts"])):
+        made = registry.make_registry(PluginPolicy(entry_points=False), given=[("given", plugin)], waking=waking)
+        assert calls == wanted
+        wake_executor(made, "mine")
+        assert calls.count("wake") == 1, "once, whoever comes first"
+        calls.clear()
+
+
+@pytest.mark.parametrize("preferred", ["first", "second", ""])
+def test_of_two_executors_of_a_name_the_preferred_one_is_woken_if_there_is_one(preferred: str) -> None:
+    woken: list[str] = []
+
+    def executors(plugin: str) -> object:
+        return plugin_of(mortice_executors=lambda: [like_reference(wake=lambda _: woken.append(plugin))])
+
+    given = [(name, executors(name)) for name in ("first", "second")]
+    prefer = {"executor:mine": preferred} if preferred else {}
+    with nullcontext() if preferred else pytest.raises(PluginError, match="executor:mine is given by"):
+        registry.make_registry(PluginPolicy(entry_points=False), given=given, prefer=prefer, waking="mine")
+    assert woken == ([preferred] if preferred else [])
 
 
 def test_an_executor_that_cannot_be_woken_is_named(tmp_path: Path) -> None:
