@@ -14,7 +14,7 @@ from mortice.core.model.program import KvShape
 from mortice.core.plugin.kv_pages import PAGE_TOKENS
 from mortice.plugins.executors.cuda.lowering.ahead import MOST_AHEAD, AheadArgs, AheadWeight
 from mortice.plugins.executors.cuda.lowering.attend_rows import rows_kernel
-from mortice.plugins.executors.cuda.lowering.fusion import PlaceGroup
+from mortice.plugins.executors.cuda.lowering.fusion import PlaceGroup, name_of
 from mortice.plugins.executors.cuda.lowering.launches import Addresses, LaunchSpec, StepRows, rope_key
 from mortice.plugins.executors.cuda.lowering.linear_args import LeftArgs
 from mortice.plugins.executors.cuda.lowering.sources import KernelSources
@@ -149,7 +149,7 @@ def attend(
         return (filled,)
 
     return LaunchSpec(
-        name="+".join(operator.name for operator in (*place.operators, attention)),
+        name=name_of((*place.operators, attention)),
         label="attention",
         source=sources.attend(place, kv_type, threads, blocks, tensor=attend_tensor(attention, kv_type)),
         entry="attend",

@@ -24,7 +24,7 @@ from mortice.core.model.operators import (
     Rope,
 )
 
-__all__ = ["Group", "LinearGroup", "PlaceGroup", "SingleGroup", "fuse"]
+__all__ = ["Group", "LinearGroup", "PlaceGroup", "SingleGroup", "fuse", "name_of"]
 
 MAX_SEGMENTS = 4
 """Linear maps of one launch; as in ``ops/gemv.cu``."""
@@ -148,6 +148,11 @@ class PlaceGroup:
 
 
 Group = SingleGroup | LinearGroup | PlaceGroup
+
+
+def name_of(operators: Sequence[Operator]) -> str:
+    """What a launch that does all of them is called, in tables and errors."""
+    return "+".join(operator.name for operator in operators)
 
 
 def fuse(operators: Sequence[Operator], result: Buffer) -> list[Group]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +9,12 @@ from attrs import field, frozen
 
 from mortice.core.model.operators import Buffer, WeightRef
 from mortice.core.model.weight_plan import PlannedWeight
-from mortice.plugins.executors.cuda.device.cublas import Gemm
 from mortice.plugins.executors.cuda.lowering.ahead import AheadWeight, weights_ahead
 from mortice.plugins.executors.cuda.lowering.attend import LeftRuns, left_runs
-from mortice.plugins.executors.cuda.lowering.fusion import LinearGroup
+from mortice.plugins.executors.cuda.lowering.fusion import LinearGroup, name_of
+from mortice.plugins.executors.cuda.lowering.gemm import expand, product
 from mortice.plugins.executors.cuda.lowering.gemv import gemv_shape
-from mortice.plugins.executors.cuda.lowering.launches import Addresses, GemmSpec, LaunchSpec, Spec
+from mortice.plugins.executors.cuda.lowering.launches import Addresses, LaunchSpec, Spec
 from mortice.plugins.executors.cuda.lowering.layouts import TileGeometry, tile_geometry
 from mortice.plugins.executors.cuda.lowering.linear_args import FinishArgs, GemvArgs, InputArgs, MatmulArgs, RingArgs
 from mortice.plugins.executors.cuda.lowering.matmul import (
@@ -36,8 +35,6 @@ from mortice.plugins.executors.cuda.lowering.sources import KernelSources
 from mortice.plugins.executors.cuda.lowering.workspace import Workspace
 
 __all__ = ["LinearLowering"]
-
-Pointer, Int = ctypes.c_uint64, ctypes.c_int32
 
 _NEEDS_FLOAT32 = frozenset({"F32"})
 """Types whose products half precision would change by more than the weights' own rounding."""
@@ -145,9 +142,6 @@ class LinearLowering:
             return False  # twice the products for a block a row: slower than two launches, as measured
         return path.kind == "matmul" or len(list(pieces_of(first))) == 1
 
-    def _name(self, group: LinearGroup) -> str:
-        return "+".join(operator.name for operator in group.operators)
-
     def _buffer(self, at: Addresses, buffer: Buffer) -> int:
         return at.workspace + self.workspace.offsets[buffer]
 
@@ -171,7 +165,7 @@ class LinearLowering:
         row_groups = [tile.row_groups for tile in self._tiles(group)]
         units = min(row_groups) if group.gated else sum(row_groups)
         return LaunchSpec(
-            name=self._name(group),
+            name=name_of(group.operators),
             label=f"linear {_types(weights)}",
             source=source,
             entry="gemv",
@@ -215,7 +209,7 @@ class LinearLowering:
 
         whole = shape.slices == 1
         products = LaunchSpec(
-            name=self._name(group),
+            name=name_of(group.operators),
             label=f"matmul {_types(weights)}",
             source=self.sources.matmul_ring(
                 weights, shape, norm=group.norm, gated=group.gated is not None, activation=group.activation
@@ -255,7 +249,7 @@ class LinearLowering:
             return (filled,)
 
         return LaunchSpec(
-            name=self._name(group),
+            name=name_of(group.operators),
             label="matmul input" if joined is None else "matmul finish, input",
             source=self.sources.matmul_input(columns, group.norm, tile, cut, joined),
             entry="matmul_input",
@@ -300,7 +294,7 @@ class LinearLowering:
             return (filled,)
 
         matmul = LaunchSpec(
-            name=self._name(group),
+            name=name_of(group.operators),
             label=f"matmul {_types(weights)}",
             source=self.sources.matmul(weights, group.source.width, tile, slices),
             entry="matmul_wgmma" if tile.by_warpgroups else "matmul",
@@ -324,45 +318,13 @@ class LinearLowering:
         for lot in lots:
             place = 0
             for piece in lot:
-                specs.append(self._expand(group, piece, 2 * place * columns))
+                offset = self.scratch.weights + 2 * place * columns
+                specs.append(expand(group, piece, self.planned, self.sources, offset))
                 place += piece.rows
-            specs.append(self._product(group, columns, place))
+            specs.append(product(group, place, self.scratch))
             if not leaves:
                 specs.append(self._finish(self._left(group, path), lot, ends=lot is lots[-1]))
         return specs
-
-    def _expand(self, group: LinearGroup, piece: Piece, offset: int) -> LaunchSpec:
-        """Rows of a weight as halves, `offset` bytes into the scratch."""
-        weight = self.planned[group.linears[piece.linear].weight]
-        geometry = tile_geometry(weight.tensor.qtype, weight.rows, weight.columns)
-        skipped = piece.start // geometry.tile_rows * geometry.tiles_across * geometry.tile_bytes
-        chunks = piece.rows * weight.columns // 32
-        return LaunchSpec(
-            name=self._name(group),
-            label=f"dequantise {weight.tensor.qtype.name}",
-            source=self.sources.dequantise(weight),
-            entry="dequantise",
-            block=256,
-            grid=lambda _, at_once: (min(at_once, -(-chunks // 256)), 1, 1),
-            args=lambda at, _: (
-                Pointer(at.weights[group.linears[piece.linear].weight] + skipped),
-                Pointer(at.matmul + self.scratch.weights + offset),
-                Int(piece.rows // geometry.tile_rows),
-            ),
-        )
-
-    def _product(self, group: LinearGroup, columns: int, outputs: int) -> GemmSpec:
-        return GemmSpec(
-            name=self._name(group),
-            gemm=lambda at, rows: Gemm(
-                rows=rows,
-                outputs=outputs,
-                columns=columns,
-                x=at.matmul + self.scratch.inputs,
-                weight=at.matmul + self.scratch.weights,
-                out=at.matmul + self.scratch.products,
-            ),
-        )
 
     def _finish(self, left: LeftProducts, lot: Sequence[Piece], *, ends: bool) -> LaunchSpec:
         """What follows the products of a lot of outputs; `ends` where it is the last of the group."""
@@ -371,7 +333,7 @@ class LinearLowering:
         results = lot[0].rows if group.gated is not None else width
         vector = 4 if all(group.linears[p.linear].weight.rows % 4 == p.rows % 4 == 0 for p in lot) else 1
         return LaunchSpec(
-            name=self._name(group),
+            name=name_of(group.operators),
             label="matmul finish",
             source=self.sources.matmul_finish(left, vector),
             entry="matmul_finish",

@@ -21,7 +21,7 @@ from mortice.plugins.executors.cuda.lowering.attend import LeftRuns, attend, att
 from mortice.plugins.executors.cuda.lowering.attend_rows import rows_kernel
 from mortice.plugins.executors.cuda.lowering.attend_runs import attend_runs
 from mortice.plugins.executors.cuda.lowering.crossovers import RowCrossovers
-from mortice.plugins.executors.cuda.lowering.fusion import Group, LinearGroup, PlaceGroup, SingleGroup
+from mortice.plugins.executors.cuda.lowering.fusion import Group, LinearGroup, PlaceGroup, SingleGroup, name_of
 from mortice.plugins.executors.cuda.lowering.launches import Addresses, LaunchSpec, Spec, StepRows, rope_key
 from mortice.plugins.executors.cuda.lowering.linear import LinearLowering
 from mortice.plugins.executors.cuda.lowering.matmul import (
@@ -290,7 +290,7 @@ class Lowering:
             return (filled,)
 
         return LaunchSpec(
-            name="+".join(operator.name for operator in group.operators),
+            name=name_of(group.operators),
             label="place",
             source=self.sources.place(group, self.kv_type),
             entry="place",

@@ -20,7 +20,7 @@ from mortice.core.model.weight_plan import PlannedWeight
 from mortice.core.plugin.product_times import ProductTime
 from mortice.plugins.executors.cuda.device.device import Device
 from mortice.plugins.executors.cuda.device.stream import Stream
-from mortice.plugins.executors.cuda.lowering.fusion import LinearGroup
+from mortice.plugins.executors.cuda.lowering.fusion import LinearGroup, name_of
 from mortice.plugins.executors.cuda.lowering.launches import Addresses, Queued, Spec
 from mortice.plugins.executors.cuda.lowering.lowering import Lowering
 from mortice.plugins.executors.cuda.run.kernels import Kernels
@@ -82,7 +82,7 @@ def _planned(lowering: Lowering) -> dict[object, PlannedWeight]:
 
 
 def _time(runtime: ProductSteps, group: LinearGroup, rows: int, repeats: int) -> ProductTime:
-    name = "+".join(operator.name for operator in group.operators)
+    name = name_of(group.operators)
     body, head = runtime.kernels.specs[runtime.lowering.path(rows)]
     specs = [spec for spec in (*body, *head) if spec.name == name]
     weights = [_planned(runtime.lowering)[linear.weight] for linear in group.linears]
