@@ -31,6 +31,7 @@ def test_what_is_asked_for_lies_in_the_weight_behind_what_rings_ask_for(qtype: s
     for weight in asked:
         assert weight.start % 16 == 0
         assert 0 < weight.pieces * PIECE <= 2 << 20
+        assert 0 < weight.late_pieces <= weight.pieces
         assert weight.start + weight.pieces * PIECE <= nbytes
         rows_of_warp = 2 if nbytes // rows >= 2048 else 1
         assert abs(weight.start - rows_of_warp * 16 * SM_COUNT * nbytes // rows) < 128

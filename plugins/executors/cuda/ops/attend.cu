@@ -204,12 +204,14 @@ __device__ __forceinline__ void join_runs(const RunSums<HEAD_DIM>& sums, int hea
     }
 }
 
-// While most blocks have no run of a context, memory has little to do: they ask for weights that are needed later, each for
-// its share. A few blocks would take too long to ask for all of it, and memory has the context to read then.
-__device__ __forceinline__ void ask_ahead(const AttendArgs& args, int place, int places) {
-    if (threadIdx.x != 0 || 2 * places < gridDim.x) return;
+// Asks for weights that are needed later while memory has little to do, each of `places` blocks for its share: those
+// without a run of the context at once, while they are most; else those with one when they are through with it (`late`):
+// then others still join what was found.
+__device__ __forceinline__ void ask_ahead(const AttendArgs& args, int place, int places, bool late) {
+    if (threadIdx.x != 0) return;
     for (const Ahead& weight : args.ahead) {
-        for (int piece = place; piece < weight.pieces; piece += places) {
+        const int pieces = late ? weight.late_pieces : weight.pieces;
+        for (int piece = place; piece < pieces; piece += places) {
             ask_l2(weight.start + static_cast<uint64>(piece) * kAheadPiece, kAheadPiece);
         }
     }
@@ -225,8 +227,10 @@ extern "C" __global__ void __launch_bounds__(register_threads(kThreads), kBlocks
     const int position = args.rows.positions[token];
     const int* pages = args.rows.pages + args.rows.tables[token];
     const ContextRuns runs(position, WINDOWED ? args.window : 0, RUN_PAGES, args.splits, args.left_runs);
+    const int busy = runs.used * KV_HEADS, idle = gridDim.x - busy;
+    const bool late = 2 * idle < gridDim.x;
     if (split >= runs.used) {
-        ask_ahead(args, blockIdx.x - runs.used * KV_HEADS, gridDim.x - runs.used * KV_HEADS);
+        if (!late) ask_ahead(args, blockIdx.x - busy, idle, false);
         wait_for_previous_kernel();  // see kLeastShared
         return;
     }
@@ -261,13 +265,18 @@ extern "C" __global__ void __launch_bounds__(register_threads(kThreads), kBlocks
         __syncthreads();
     }
     join_slots(shared, sums, out, left.of(split) + heads * HEAD_DIM, left.peaks(split) + heads, runs.used == 1);
-    if (runs.used <= max(1, args.left_runs)) return;
     int* arrivals = args.arrivals + token * KV_HEADS + head;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) shared.is_last = atomicAdd(arrivals, 1) == runs.used - 1;
-    __syncthreads();
-    if (!shared.is_last) return;
+    const bool joins = runs.used > max(1, args.left_runs);
+    if (joins) {
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) shared.is_last = atomicAdd(arrivals, 1) == runs.used - 1;
+        __syncthreads();
+    }
+    if (!joins || !shared.is_last) {
+        if (late) ask_ahead(args, blockIdx.x, busy, true);
+        return;
+    }
     __threadfence();
     join_runs(left, head, runs.used, out);
     if (threadIdx.x == 0) *arrivals = 0;

@@ -13,10 +13,10 @@ constexpr int kPairs = DIMS / 2;
 constexpr int kMostAhead = 2;
 constexpr int kAheadPiece = 2048;
 
-// A part of a weight of the launch after next, in pieces of kAheadPiece bytes.
+// A part of a weight of the launch after next, in pieces of kAheadPiece bytes: for blocks that ask at once, and late.
 struct Ahead {
     const uint8* start;
-    int pieces;
+    int pieces, late_pieces;
 };
 
 struct AttendArgs {
