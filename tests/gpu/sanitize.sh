@@ -3,9 +3,7 @@
 # types, parity of three families, the choice of tokens. racecheck, which takes far longer, gets fewer: steps of 1 to 40
 # rows, each launch by itself and as a graph, and the choice of tokens. It follows bulk copies to shared memory, and takes a
 # wait at their barrier for their end, so a report means that something is read before its copy has arrived, or written over
-# while it is read. Barriers at which one lane arrives for its warp it does not understand; all lanes do so here. synccheck
-# calls the threads of matmul_ring divergent where warps that multiply and warps that help come to one barrier from two
-# places, which `bar.sync` with a number of threads allows; it ends the process, so what comes after is not checked.
+# while it is read. Barriers at which one lane arrives for its warp it does not understand; all lanes do so here.
 #   tests/gpu/sanitize.sh memcheck|racecheck|initcheck|synccheck [pytest arguments instead of the chosen tests]
 # The exit status is not 0 when the tool finds something or a test fails. Errors that calls return are left out: the code
 # asks for things that a device may lack, and handles the answer. Run the tests once without it first, so that kernels
