@@ -231,8 +231,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) matmul_ring(const __gr
     float* sums = reinterpret_cast<float*>(shared);
     Asking asking{shared + kSumsBytes, barriers.filled, share.slice, share.unit, share.stride};
 
+    const bool helps = HELPERS > 0 && warp >= WARPS;
+    Input input;
+
     let_next_kernel_start();
-    if (HELPERS > 0 && warp >= WARPS) {
+    if (helps) {
         if (threadIdx.x == WARPS * kWarp) barriers.start();
         wait_for_part(kHelpersMeet, HELPERS * kWarp);
 #pragma unroll 1
@@ -241,29 +244,29 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) matmul_ring(const __gr
         wait_for_part(kInputRead, kThreads);
 #pragma unroll 1
         for (int slot = kEarlySlots; slot < SLOTS; ++slot) asking.ask(Segments{}, args);
-        wait_for_part(kAllMeet, kThreads);
+    } else {
+        if constexpr (HELPERS == 0) {
+            if (threadIdx.x == 0) barriers.start();
+            __syncthreads();
+#pragma unroll 1
+            for (int slot = 0; slot < SLOTS; ++slot) asking.ask(Segments{}, args);
+        }
+        NormWeight norm;
+        norm.load(args);
+        wait_for_previous_kernel();
+        read_input(args, norm, share.first, share.slice, shared + warp * kStageBytes, input, squares);
+    }
+    __syncthreads();  // the stages become sums, and the barriers are there
+
+    Multiplying multiplying{barriers, asking.slots, sums, input};
+    if constexpr (HELPERS == 0) {
+        find_factors(args, squares, factors);  // read after the next barrier
+        take_turns(args, multiplying, asking, factors, share);
+    } else if (helps) {
         find_factors(args, squares, factors);
         wait_for_part(kHelpersMeet, HELPERS * kWarp);
         help(args, barriers, asking, sums, factors, share);
-        return;
-    }
-    if constexpr (HELPERS == 0) {
-        if (threadIdx.x == 0) barriers.start();
-        __syncthreads();
-#pragma unroll 1
-        for (int slot = 0; slot < SLOTS; ++slot) asking.ask(Segments{}, args);
-    }
-    NormWeight norm;
-    norm.load(args);
-    wait_for_previous_kernel();
-    Input input;
-    read_input(args, norm, share.first, share.slice, shared + warp * kStageBytes, input, squares);
-    wait_for_part(kAllMeet, kThreads);  // the stages become sums, and the barriers are there
-    Multiplying multiplying{barriers, asking.slots, sums, input};
-    if constexpr (HELPERS > 0) {
-        multiply_all(multiplying, share);
     } else {
-        find_factors(args, squares, factors);  // read after the next barrier
-        take_turns(args, multiplying, asking, factors, share);
+        multiply_all(multiplying, share);
     }
 }

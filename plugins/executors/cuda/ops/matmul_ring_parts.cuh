@@ -11,7 +11,7 @@ constexpr int kTiles = PASS / 8;
 constexpr int kThreads = (WARPS + HELPERS) * kWarp;
 constexpr int kFirstAsker = HELPERS > 0 ? WARPS : 0, kAskers = HELPERS > 0 ? HELPERS : WARPS;  // warps that ask and add
 constexpr int kEarlySlots = SLOTS > EARLY ? EARLY : SLOTS;
-constexpr int kHelpersMeet = 1, kInputRead = 2, kAllMeet = 3;  // named barriers
+constexpr int kHelpersMeet = 1, kInputRead = 2;  // named barriers
 
 // Lanes of a warp that arrive at a barrier in shared memory: one, when all have come to it. compute-sanitizer's racecheck
 // follows such barriers lane by lane and knows nothing of what a warp's lanes have seen of each other: under it all arrive.
