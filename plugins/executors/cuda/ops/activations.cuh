@@ -8,12 +8,19 @@ __device__ __forceinline__ int dot4(uint32 weights, uint32 activations, int sum)
     return __dp4a(static_cast<int>(weights), static_cast<int>(activations), sum);
 }
 
-// 32 activations as int8 with one scale: x[i] ~ scale * q[i]. `low` holds elements 0-15, `high` 16-31; the sums are of
-// the integers, for weight types whose elements carry an offset or a minimum.
+// 32 activations as int8 with one scale: x[i] ~ scale * q[i]. `low` holds elements 0-15, `high` 16-31.
 struct Activation32 {
     uint4 low, high;
     float scale;
-    int sum_low, sum_high;
+    uint32 sums;  // of the integers of `low` and of `high`, 16 bits each with their sign
+
+    // The two sums, each times a signed byte of `factors` (bits 0-7, bits 8-15), added to `sum`: for weight types whose
+    // elements carry an offset or a minimum. One instruction.
+    __device__ __forceinline__ int sums_times(uint32 factors, int sum = 0) const {
+        return __dp2a_lo(static_cast<int>(sums), static_cast<int>(factors), sum);
+    }
+    // The sum of all 32 integers.
+    __device__ __forceinline__ int sum() const { return sums_times(0x0101u); }
 };
 
 // A row of activations in shared memory. The two halves of each 32 lie in planes of their own, so that neighbouring
@@ -26,11 +33,10 @@ struct ActivationRow {
     uint4 low[kChunks];
     uint4 high[kChunks];
     float scale[kChunks];
-    short2 sums[kChunks];
+    uint32 sums[kChunks];
 
     __device__ __forceinline__ Activation32 load(int chunk) const {
-        const short2 s = sums[chunk];
-        return {low[chunk], high[chunk], scale[chunk], s.x, s.y};
+        return {low[chunk], high[chunk], scale[chunk], sums[chunk]};
     }
 
     // Quantises 4 * kFours neighbouring values held by one lane; 8 / kFours neighbouring lanes hold a chunk. `piece` numbers

@@ -215,7 +215,7 @@ __device__ __forceinline__ void ask_ahead(const AttendArgs& args, int place, int
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) attend(const __grid_constant__ AttendArgs args) {
+extern "C" __global__ void __launch_bounds__(register_threads(kThreads), kBlocks) attend(const __grid_constant__ AttendArgs args) {
     extern __shared__ __align__(128) uint8 memory[];
     __shared__ Shared shared;
     const int head = blockIdx.x % KV_HEADS, split = blockIdx.x / KV_HEADS, token = blockIdx.y;

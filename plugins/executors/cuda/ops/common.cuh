@@ -27,6 +27,10 @@ constexpr int largest(int a, int b, Rest... rest) {
 // half free: all get a block, none gets two.
 constexpr int kLeastShared = 80 << 10;
 
+// Threads whose registers a block is to be counted with. A multiprocessor has four parts, each with a quarter of its
+// registers, and deals warps out to them in turn: nine warps take as much room as twelve.
+constexpr int register_threads(int threads) { return ceil_div(threads, 4 * kWarp) * 4 * kWarp; }
+
 // How a weight's bytes are read. Weights in global memory are read once per step and must not push activations out of
 // L1; weights that a bulk copy brought into shared memory are read with plain loads. A traits header is written
 // against this interface and works from either place.

@@ -241,7 +241,7 @@ __device__ __forceinline__ void prefetch_units(SegmentList<S...>, const GemvArgs
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemv(const __grid_constant__ GemvArgs args) {
+extern "C" __global__ void __launch_bounds__(register_threads(THREADS), BLOCKS) gemv(const __grid_constant__ GemvArgs args) {
     extern __shared__ __align__(128) uint8 shared[];
     __shared__ uint64 barriers[kWarps][RING_SLOTS > 0 ? RING_SLOTS : 1];
     __shared__ float squares[TOKENS][kWarps];

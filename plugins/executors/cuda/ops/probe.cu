@@ -12,7 +12,9 @@ __device__ __forceinline__ float probe_dot(const typename Q::Weight32& w, const 
         x.low = *reinterpret_cast<const uint4*>(q);
         x.high = *reinterpret_cast<const uint4*>(q + 16);
         x.scale = scale;
-        for (int i = 0; i < 16; ++i) x.sum_low += q[i], x.sum_high += q[16 + i];
+        int low = 0, high = 0;
+        for (int i = 0; i < 16; ++i) low += q[i], high += q[16 + i];
+        x.sums = (static_cast<uint32>(low) & 0xffffu) | static_cast<uint32>(high) << 16;
         return Q::dot(w, x);
     }
     return __int_as_float(0x7fc00000);  // not a number: products of this type are made of its values
