@@ -24,22 +24,22 @@ __device__ __forceinline__ void put_six_bit_pair(uint32* words, int c, uint32 fi
 
 // The head of a block as Q4_K and Q5_K have it.
 struct ScaleAndMinimum {
-    int scale, minimum;  // of one chunk, 0 … 63
-    float2 factors;      // d, dmin
+    uint32 pair;     // of one chunk, each 0 … 63: scale in byte 0, minimum in byte 1
+    float2 factors;  // d, dmin
 
     // From the 16 bytes in a tile: d, dmin, pairs. `c` is the chunk within the block.
     static __device__ __forceinline__ ScaleAndMinimum of(const uint4& head, int c) {
-        const uint32 pair = six_bit_pair(c & 2 ? head.z : head.y, head.w, c);
-        return {static_cast<int>(pair & 0xffu), static_cast<int>(pair >> 8), half2_bits(head.x)};
+        return {six_bit_pair(c & 2 ? head.z : head.y, head.w, c), half2_bits(head.x)};
     }
 
-    // Of a chunk's products and of its activations, both sums of integers; exact until the floats.
-    __device__ __forceinline__ float apply(int products, int activations) const {
-        return factors.x * static_cast<float>(scale * products) - factors.y * static_cast<float>(minimum * activations);
+    // Of a chunk's products, a sum of integers, and its activations; exact until the floats.
+    __device__ __forceinline__ float apply(int products, const Activation32& x) const {
+        const int minimums = x.sums_times(__byte_perm(pair, 0u, 0x4411));  // the minimum for each half
+        return factors.x * static_cast<float>(scale() * products) - factors.y * static_cast<float>(minimums);
     }
 
     __device__ __forceinline__ float2 affine() const {
-        return make_float2(factors.x * static_cast<float>(scale), -(factors.y * static_cast<float>(minimum)));
+        return make_float2(factors.x * static_cast<float>(scale()), -(factors.y * static_cast<float>(pair >> 8)));
     }
 
     // The 16 bytes of a tile from the 16 at the start of a block in the file.
@@ -52,6 +52,8 @@ struct ScaleAndMinimum {
     }
 
   private:
+    __device__ __forceinline__ int scale() const { return static_cast<int>(pair & 0xffu); }
+
     // The scale (`at` 0) or minimum (`at` 4) of chunk `c` in the 12 bytes of the file: chunks 0-3 in the low six bits
     // of byte at + c; chunks 4-7 with their low nibble in byte 8 + c % 4, at bit `at`, and their high bits above those
     // six.

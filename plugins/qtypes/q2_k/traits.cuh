@@ -33,7 +33,7 @@ struct Q2_K {
     static __device__ __forceinline__ float dot(const Weight32& w, const Activation32& x) {
         const float2 d = half2_bits(w.factors);
         const int sum = w.scale(0) * dot_low<Q2_K>(w, x) + w.scale(1) * dot_high<Q2_K>(w, x);
-        const int minimum = w.minimum(0) * x.sum_low + w.minimum(1) * x.sum_high;
+        const int minimum = x.sums_times(w.scales >> 4 & 0x0f0fu);
         return x.scale * (d.x * static_cast<float>(sum) - d.y * static_cast<float>(minimum));
     }
 

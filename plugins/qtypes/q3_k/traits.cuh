@@ -17,10 +17,10 @@ struct Q3_K {
         uint32 high, scale_lows, scale_highs, d;
         int c;  // chunk within the block
 
-        // Scales of elements 0-15 and 16-31.
+        // Scales of elements 0-15 and 16-31, each plus 32, one a byte.
+        __device__ __forceinline__ uint32 pair() const { return six_bit_pair(scale_lows, scale_highs, c); }
         __device__ __forceinline__ int2 scales() const {
-            const uint32 pair = six_bit_pair(scale_lows, scale_highs, c);
-            return make_int2(static_cast<int>(pair & 0xffu) - 32, static_cast<int>(pair >> 8) - 32);
+            return make_int2(static_cast<int>(pair() & 0xffu) - 32, static_cast<int>(pair() >> 8) - 32);
         }
     };
 
@@ -43,8 +43,8 @@ struct Q3_K {
 
     static __device__ __forceinline__ float dot(const Weight32& w, const Activation32& x) {
         const int2 scales = w.scales();
-        const int sum = scales.x * (dot_low<Q3_K>(w, x) - 4 * x.sum_low) +
-                        scales.y * (dot_high<Q3_K>(w, x) - 4 * x.sum_high);
+        const int sums = x.sums_times(0xe0e0u, x.sums_times(w.pair()));  // times the scales: -32 for each half
+        const int sum = scales.x * dot_low<Q3_K>(w, x) + scales.y * dot_high<Q3_K>(w, x) - 4 * sums;
         return x.scale * half_bits(w.d) * static_cast<float>(sum);
     }
 

@@ -23,7 +23,7 @@ struct Q4_0 {
     static __device__ __forceinline__ uint32 integers4(const Weight32& w, int group) { return nibbles4(w.q, group); }
 
     static __device__ __forceinline__ float dot(const Weight32& w, const Activation32& x) {
-        const int sum = dot_nibbles(w.q, x) - 8 * (x.sum_low + x.sum_high);
+        const int sum = x.sums_times(0xf8f8u, dot_nibbles(w.q, x));  // -8 for each half
         return x.scale * half_bits(w.d) * static_cast<float>(sum);
     }
 

@@ -25,7 +25,7 @@ struct Q4_1 {
     static __device__ __forceinline__ float dot(const Weight32& w, const Activation32& x) {
         const float2 factors = half2_bits(w.factors);
         const float sum = static_cast<float>(dot_nibbles(w.q, x));
-        return x.scale * (factors.x * sum + factors.y * static_cast<float>(x.sum_low + x.sum_high));
+        return x.scale * (factors.x * sum + factors.y * static_cast<float>(x.sum()));
     }
 
     // Scale and offset that make values of the integers of elements 0-15 (half 0) or 16-31.

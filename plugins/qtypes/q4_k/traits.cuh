@@ -26,7 +26,7 @@ struct Q4_K {
     static __device__ __forceinline__ uint32 integers4(const Weight32& w, int group) { return nibbles4(w.q, group); }
 
     static __device__ __forceinline__ float dot(const Weight32& w, const Activation32& x) {
-        return x.scale * ScaleAndMinimum::of(w.head, w.c).apply(dot_nibbles(w.q, x), x.sum_low + x.sum_high);
+        return x.scale * ScaleAndMinimum::of(w.head, w.c).apply(dot_nibbles(w.q, x), x);
     }
 
     // Scale and offset that make values of the integers of elements 0-15 (half 0) or 16-31.

@@ -31,7 +31,7 @@ struct Q5_K {
     }
 
     static __device__ __forceinline__ float dot(const Weight32& w, const Activation32& x) {
-        return x.scale * ScaleAndMinimum::of(w.head, w.c).apply(dot_all<Q5_K>(w, x), x.sum_low + x.sum_high);
+        return x.scale * ScaleAndMinimum::of(w.head, w.c).apply(dot_all<Q5_K>(w, x), x);
     }
 
     // Scale and offset that make values of the integers of elements 0-15 (half 0) or 16-31.

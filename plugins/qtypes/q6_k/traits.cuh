@@ -33,8 +33,7 @@ struct Q6_K {
     }
 
     static __device__ __forceinline__ float dot(const Weight32& w, const Activation32& x) {
-        const int sum = w.scale(0) * (dot_low<Q6_K>(w, x) - 32 * x.sum_low) +
-                        w.scale(1) * (dot_high<Q6_K>(w, x) - 32 * x.sum_high);
+        const int sum = w.scale(0) * dot_low<Q6_K>(w, x) + w.scale(1) * dot_high<Q6_K>(w, x) - 32 * x.sums_times(w.scales);
         return x.scale * half_bits(w.d) * static_cast<float>(sum);
     }
 

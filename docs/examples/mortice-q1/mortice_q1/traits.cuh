@@ -23,7 +23,7 @@ struct Q1_0 {
 
     // A sign is 2 * bit - 1.
     static __device__ __forceinline__ float dot(const Weight32& w, const Activation32& x) {
-        const int sum = 2 * dot_all<Q1_0>(w, x) - (x.sum_low + x.sum_high);
+        const int sum = x.sums_times(0xffffu, 2 * dot_all<Q1_0>(w, x));  // -1 for each half
         return x.scale * half_bits(w.d) * static_cast<float>(sum);
     }
 

@@ -68,6 +68,12 @@ inline int __dp4a(int a, int b, int c) {
     return c;
 }
 
+// The two halves of a, signed, times the two low bytes of b, signed.
+inline int __dp2a_lo(int a, int b, int c) {
+    for (int i = 0; i < 2; ++i) c += static_cast<short>(a >> (16 * i)) * static_cast<signed char>(b >> (8 * i));
+    return c;
+}
+
 // Byte i of the result is byte (selectors >> 4 * i & 7) of the eight in high:low.
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selectors) {
     unsigned result = 0;
