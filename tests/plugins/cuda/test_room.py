@@ -1,5 +1,5 @@
-"""A block of each kernel of a step of one row leaves half a multiprocessor, so that the next kernel's is there before its
-turn comes; see ``kLeastShared`` and ``register_threads`` in ``ops/common.cuh``.
+"""A block of each kernel of a step of one row leaves half of a multiprocessor's registers, so that the next kernel's is
+there before its turn comes; see ``kLeastShared`` and ``register_threads`` in ``ops/common.cuh``.
 """
 
 from __future__ import annotations
@@ -55,8 +55,6 @@ def test_two_blocks_of_any_kernels_of_a_step_of_one_row_fit_the_registers(shape:
     specs = {spec.source: spec for spec in body if isinstance(spec, LaunchSpec) and spec.entry != "embed"}
     assert {spec.entry for spec in specs.values()} == {"gemv", "attend"}
     code = compile_all(set(specs), "sm_90").kernels
-    room = {
-        f"{source}": room_of(spec, code[source].functions[spec.entry].registers) for source, spec in specs.items()
-    }
+    room = {f"{source}": room_of(spec, code[source].functions[spec.entry].registers) for source, spec in specs.items()}
     too_much = {name: registers for name, registers in room.items() if 2 * registers > REGISTERS_OF_A_PART}
     assert not too_much
