@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mortice.core.config import PromptConfig
     from mortice.core.pipeline import Pipeline
     from mortice.core.session import Session
+    from mortice.core.text.chat import ChatTemplate
     from mortice.core.text.generation import Piece
     from mortice.core.text.params import GenerationParams, SamplingParams
 
@@ -28,6 +29,7 @@ __all__ = [
     "read_stdin",
     "require_chat",
     "require_stdin",
+    "warn_unused",
 ]
 
 
@@ -142,13 +144,23 @@ def check_prompt(pipeline: Pipeline, prompt_ids: Sequence[int], advice: str = _L
 
 
 def require_chat(prompt: PromptConfig) -> None:
-    """Refuse a system message where there is no chat."""
-    if prompt.system is not None and not prompt.chat:
+    """Refuse what only a chat has where there is none."""
+    if prompt.chat:
+        return
+    if prompt.system is not None:
         raise ConfigError("prompt.system: only a chat has a system message; pass --chat too, or leave it out")
+    if prompt.chat_variables:
+        raise ConfigError("prompt.chat_variables: only a chat has a template; pass --chat too, or leave them out")
+
+
+def warn_unused(screen: Screen, template: ChatTemplate, prompt: PromptConfig) -> None:
+    """Tell of variables that the template cannot read, such as one that is misspelt."""
+    for name in template.unused(prompt.chat_variables):
+        screen.warn(f"prompt.chat_variables: {name}: the model's chat template has no such name, so it changes nothing")
 
 
 @contextmanager
-def prompt_encoder(pipeline: Pipeline, prompt: PromptConfig) -> Iterator[Callable[[str], list[int]]]:
+def prompt_encoder(screen: Screen, pipeline: Pipeline, prompt: PromptConfig) -> Iterator[Callable[[str], list[int]]]:
     """What turns a text into token ids, through the chat template where `prompt` is one of a chat."""
     tokenizer = pipeline.tokenizer
     if not prompt.chat:
@@ -158,7 +170,10 @@ def prompt_encoder(pipeline: Pipeline, prompt: PromptConfig) -> Iterator[Callabl
 
     before = [] if prompt.system is None else [Message(role="system", content=prompt.system)]
     with closing(ChatTemplate.from_metadata(pipeline.model.file.metadata, tokenizer)) as template:
-        yield lambda text: encode_chat(tokenizer, template, [*before, Message(role="user", content=text)])
+        warn_unused(screen, template, prompt)
+        yield lambda text: encode_chat(
+            tokenizer, template, [*before, Message(role="user", content=text)], variables=prompt.chat_variables
+        )
 
 
 def require_stdin() -> None:

@@ -72,7 +72,7 @@ def replay(
         changes = list(recorded.environment.changes(Environment.of(pipeline)))
         for change in changes:
             screen.note(change)
-        found = _replayed(recorded, config, pipeline)
+        found = _replayed(screen, recorded, config, pipeline)
     screen.result(
         {
             "equal": found.difference is None,
@@ -120,11 +120,11 @@ def _require_same_model(screen: Screen, recorded: RunRecord, pipeline: Pipeline)
         recorded.require_files(hashes.result(progress), file.files[0].parent)
 
 
-def _replayed(recorded: RunRecord, config: RunConfig, pipeline: Pipeline) -> _Replayed:
+def _replayed(screen: Screen, recorded: RunRecord, config: RunConfig, pipeline: Pipeline) -> _Replayed:
     """Run until the end or the first difference."""
     from mortice.core.record import RecordedToken, first_difference
 
-    ids = prompt_ids(pipeline, config.prompt)
+    ids = prompt_ids(screen, pipeline, config.prompt)
     difference = first_difference("prompt", _tokens(pipeline, recorded.prompt), _tokens(pipeline, ids))
     tokens: list[RecordedToken] = []
     drift = 0.0

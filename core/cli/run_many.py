@@ -66,7 +66,7 @@ def run_many(
         note_model(screen, pipeline)
         _require_output(output, pipeline.model.file.files, force=force)
         pipeline.fit.require()
-        requests = _requests(pipeline, config, source, lines)
+        requests = _requests(screen, pipeline, config, source, lines)
         with _opened(output) as stream:
             resident(screen, pipeline)
             started = time.perf_counter()
@@ -151,9 +151,11 @@ def _kind(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def _requests(pipeline: Pipeline, config: RunConfig, source: Path, lines: Sequence[_Line]) -> list[Request]:
+def _requests(
+    screen: Screen, pipeline: Pipeline, config: RunConfig, source: Path, lines: Sequence[_Line]
+) -> list[Request]:
     """What the lines ask, checked against the model; refused together, as in `_read_lines`."""
-    with prompt_encoder(pipeline, config.prompt) as encode:
+    with prompt_encoder(screen, pipeline, config.prompt) as encode:
 
         def request(item: tuple[int, _Line]) -> Request:
             line = item[1]
