@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
@@ -106,21 +107,27 @@ class Answer:
 
 def give_answer(
     screen: Screen,
+    pipeline: Pipeline,
     session: Session,
     prompt_ids: Sequence[int],
     sampling: SamplingParams,
     generation: GenerationParams,
     answer: Answer,
 ) -> None:
-    """Generate, show each piece at once, and fill `answer`, which holds what there is when this is interrupted."""
+    """Generate, show each piece at once, and fill `answer`, which holds what there is when this is interrupted.
+
+    How far a prompt of several steps is fed is shown until the first piece comes.
+    """
     started = time.perf_counter()
     pieces = session.generate(prompt_ids, sampling, generation)
     answer.reused_tokens = session.rewind_to(prompt_ids)
-    first = started
+    new = len(prompt_ids) - answer.reused_tokens
     try:
-        for piece in pieces:
+        with screen.prompt_progress(pipeline.registry.observers, new, pipeline.settings.step_tokens):
+            begun = list(islice(pieces, 1))
+            first = time.perf_counter()
+        for piece in chain(begun, pieces):
             if not answer.pieces:
-                first = time.perf_counter()
                 answer.prefill_seconds = first - started
             answer.pieces.append(piece)
             screen.stream(piece.text)

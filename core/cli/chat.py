@@ -134,7 +134,8 @@ class _Talk:
             check_prompt(self.pipeline, ids, "/reset forgets the conversation")
             answer = Answer(prompt_tokens=len(ids))
             try:
-                give_answer(self.screen, self.session, ids, self.sampling, self.pipeline.config.generation, answer)
+                generation = self.pipeline.config.generation
+                give_answer(self.screen, self.pipeline, self.session, ids, self.sampling, generation, answer)
             except KeyboardInterrupt:
                 self.screen.note("(stopped)")
         except BaseException:

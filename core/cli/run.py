@@ -105,7 +105,7 @@ def run(
             resident(screen, pipeline)
             answer = Answer(prompt_tokens=len(ids))
             with pipeline.session() as session:
-                give_answer(screen, session, ids, sampling, chosen.generation, answer)
+                give_answer(screen, pipeline, session, ids, sampling, chosen.generation, answer)
             if record is not None and hashes is not None:
                 _write_record(screen, record, pipeline, chosen, hashes, ids, answer)
         screen.note(answer.speed_text())
