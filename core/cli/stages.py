@@ -103,4 +103,6 @@ def fit_dict(fit: FitReport) -> dict[str, Any]:
         "fits": fit.fits,
         "largest_context": fit.largest_context,
         "largest_kv_tokens": fit.largest_kv_tokens,
+        "least_bytes": fit.least_bytes,
+        "least_context": fit.least_context,
     }
