@@ -22,6 +22,7 @@ from mortice.arch_contracts.expressions import Expression
 from mortice.arch_contracts.structuring import make_converter, mistakes
 from mortice.core.config import RunConfig
 from mortice.core.config_layers import config_from
+from mortice.core.counts import counted
 from mortice.core.errors import InputError, ModelFileError
 from mortice.core.file_hash import FileHash
 from mortice.core.pipeline import Pipeline
@@ -216,7 +217,7 @@ class RunRecord:
             if other is None:
                 raise ModelFileError(folder, f"has no file like {file.name} of the record")
             if other.nbytes != file.nbytes:
-                message = f"has {other.nbytes} bytes, the record says {file.nbytes}"
+                message = f"has {counted(other.nbytes, 'byte')}, the record says {file.nbytes}"
             else:
                 message = f"SHA-256 is {other.sha256[:12]}…, the record says {file.sha256[:12]}…"
             raise ModelFileError(folder / other.name, f"{message}: it is not the model that was run")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import define, field
 
 from mortice.core.cli.render import Screen
+from mortice.core.counts import counted
 from mortice.core.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -71,12 +72,12 @@ class Answer:
 
     def speed_text(self) -> str:
         """Both speeds, for a person."""
-        parts = [f"prompt {self.prompt_tokens} tokens"]
+        parts = [f"prompt {counted(self.prompt_tokens, 'token')}"]
         if self.reused_tokens:
             parts[0] += f" ({self.reused_tokens} in the cache)"
         if self.prefill_speed is not None:
             parts[0] += f", prefill {self.prefill_speed:.1f} tok/s"
-        parts.append(f"answer {len(self.pieces)} tokens")
+        parts.append(f"answer {counted(len(self.pieces), 'token')}")
         if self.decode_speed is not None:
             parts[1] += f", decode {self.decode_speed:.1f} tok/s"
         return "; ".join(parts)
@@ -146,7 +147,7 @@ def check_prompt(pipeline: Pipeline, prompt_ids: Sequence[int], advice: str = _L
     context = pipeline.settings.context_length
     if len(prompt_ids) >= context:
         raise ConfigError(
-            f"prompt: found {len(prompt_ids)} tokens, wanted fewer than the context's {context}; {advice}"
+            f"prompt: found {counted(len(prompt_ids), 'token')}, wanted fewer than the context's {context}; {advice}"
         )
 
 

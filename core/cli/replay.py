@@ -13,6 +13,7 @@ from mortice.core.cli.flags import ModelPath, OutputFlags
 from mortice.core.cli.render import Screen, printable
 from mortice.core.cli.run import prompt_ids
 from mortice.core.cli.stages import note_model, planned, resident
+from mortice.core.counts import counted
 from mortice.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def replay(
     )
     if found.difference is None:
         screen.say(
-            f"equal: {len(recorded.prompt)} tokens of the prompt, {found.equal_tokens} of the answer; "
+            f"equal: {counted(len(recorded.prompt), 'token')} of the prompt, {found.equal_tokens} of the answer; "
             f"log-probabilities differ by at most {found.logprob_drift:.2g}"
         )
         return 0

@@ -16,6 +16,7 @@ from mortice.core.cli.answer import prompt_encoder, read_stdin, require_chat
 from mortice.core.cli.render import Screen, json_text
 from mortice.core.cli.stages import note_model, planned, resident
 from mortice.core.cli.written_files import require_writable
+from mortice.core.counts import counted
 from mortice.core.errors import ExecutionError, InputError
 from mortice.core.text_file import parse_json
 
@@ -78,7 +79,7 @@ def run_many(
             seconds = time.perf_counter() - started
     failures = f", {failed} failed" if failed else ""
     speed = f", {tokens / seconds:.1f} tok/s in all" if tokens else ""
-    screen.note(f"{len(requests)} prompts{failures}; answers {tokens} tokens{speed}")
+    screen.note(f"{counted(len(requests), 'prompt')}{failures}; answers {counted(tokens, 'token')}{speed}")
     return 1 if failed else 0
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from attrs import evolve, field, frozen
 from numpy.typing import NDArray
 
+from mortice.core.counts import counted
 from mortice.core.errors import DoesNotFitError, UnsupportedError
 from mortice.core.model.findings import join_layers
 from mortice.core.model.operators import WeightRef
@@ -282,7 +283,7 @@ class FitReport:
             return
         raise DoesNotFitError(
             f"{self.device.name}: needs {_gib(self.total_bytes)} (weights {_gib(self.weight_bytes)}, "
-            f"KV cache for {self.kv_tokens} tokens {_gib(self.kv_bytes)}, "
+            f"KV cache for {counted(self.kv_tokens, 'token')} {_gib(self.kv_bytes)}, "
             f"workspace {_gib(self.workspace_bytes)}), {_gib(self.available_bytes)} may be used; {self.advice}"
         )
 
@@ -292,12 +293,12 @@ class FitReport:
         if self.fits:
             return ""
         if self.largest_kv_tokens:
-            return f"a KV cache of {self.largest_kv_tokens} tokens would fit (executor.kv_tokens)"
+            return f"a KV cache of {counted(self.largest_kv_tokens, 'token')} would fit (executor.kv_tokens)"
         if self.largest_context:
-            return f"a context of {self.largest_context} tokens would fit (executor.context)"
+            return f"a context of {counted(self.largest_context, 'token')} would fit (executor.context)"
         if self.least_bytes <= self.device.free_bytes:  # only the limit is in the way
             whole, least = (-(-count >> 20) for count in (self.total_bytes, self.least_bytes))
-            shortest = f"{least} with a context of {self.least_context} tokens (executor.context)"
+            shortest = f"{least} with a context of {counted(self.least_context, 'token')} (executor.context)"
             if self.total_bytes > self.device.free_bytes:
                 return f"limits.memory_mib would have to be {shortest}"
             return f"limits.memory_mib would have to be {whole}" + (f", or {shortest}" if least < whole else "")

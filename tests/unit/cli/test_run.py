@@ -34,6 +34,20 @@ def test_a_person_is_told_what_was_validated_whether_it_fits_and_how_fast_it_was
     assert "\x1b" not in err, "no terminal, no colours"
 
 
+def test_one_token_is_not_called_tokens(mortice: Mortice, tiny: Path, tmp_path: Path) -> None:
+    record = tmp_path / "run.json"
+    told = [
+        mortice("run", tiny, "-p", "h", "-n", 1, "-t", 0, "--executor", "reference", "--record", record).err,
+        mortice("run", tiny, "--jsonl", "-", "-n", 1, "-t", 0, stdin=b'{"prompt": "h"}\n').err,
+        mortice("run", tiny, "-p", "h", "--context", 1).err,
+        mortice("tokenize", tiny, "h").out,
+        mortice("replay", record).out,
+    ]
+    for text, said in zip(told, ("answer 1 token\n", "1 prompt; answers 1 token,", "1 token,", "", ""), strict=True):
+        assert said in text
+        assert not re.search(r"\b1 (tokens|prompts)\b", text)
+
+
 def test_quiet_leaves_standard_error_empty(mortice: Mortice, tiny: Path) -> None:
     ran = mortice("run", "-m", tiny, "-p", "hello", "-n", 2, "--quiet")
     assert (ran.code, ran.err) == (0, "")
