@@ -14,6 +14,7 @@ from attrs import Attribute, converters, field, frozen
 
 from mortice.core.errors import ConfigError
 from mortice.core.text.params import GenerationParams, SamplingParams
+from mortice.core.text.template_variables import check_variables
 
 __all__ = [
     "ExecutorConfig",
@@ -35,6 +36,13 @@ def _at_least(low: int) -> Callable[[Any, Attribute[int], int], None]:
             raise ConfigError(f"{attribute.name}: found {value}, wanted at least {low}")
 
     return check
+
+
+def _variables(_: Any, attribute: Attribute[dict[str, Any]], value: dict[str, Any]) -> None:
+    try:
+        check_variables(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{attribute.name}: {error}") from None
 
 
 @frozen(kw_only=True)
@@ -62,12 +70,15 @@ class PromptConfig:
         text: the prompt.
         system: a system message, for chat.
         chat: whether the prompt goes through the model's own chat template.
+        chat_variables: more that the chat template may ask for, by name, such as ``enable_thinking = false``; what it
+            does not ask for changes nothing and is warned of.
 
     """
 
     text: str | None = None
     system: str | None = None
     chat: bool = False
+    chat_variables: dict[str, Any] = field(factory=dict, validator=_variables)
 
 
 @frozen(kw_only=True)

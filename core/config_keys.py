@@ -71,7 +71,8 @@ class ConfigKey:
             return "list of strings"
         if self.kind in _NAMES:
             return _NAMES[self.kind]
-        return "table of numbers" if float in get_args(self.annotation) else "table of strings"
+        items = get_args(self.annotation)[1]
+        return "table" if items is Any else "table of numbers" if items is float else "table of strings"
 
     def parse(self, text: str) -> Any:
         """The value, as TOML would have it, that `text` in a variable or after a flag stands for.

@@ -268,6 +268,8 @@ def _converter(base: Path) -> cattrs.Converter:
     def pairs(value: Any, annotation: Any) -> dict[Any, Any]:
         if not isinstance(value, dict):
             raise TypeError(f"wanted a table, found {value!r}")
+        if annotation == dict[str, Any]:
+            return dict(value)  # what may stand in it is for the class's validator to say
         ids = annotation == Mapping[int, float]
         return dict(_pairs(value, ids=ids))
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from importlib import metadata
 from math import isfinite
 from pathlib import Path
@@ -24,6 +22,7 @@ from mortice.arch_contracts.expressions import Expression
 from mortice.arch_contracts.structuring import make_converter, mistakes
 from mortice.core.config import RunConfig
 from mortice.core.config_layers import config_from
+from mortice.core.counts import counted
 from mortice.core.errors import InputError, ModelFileError
 from mortice.core.file_hash import FileHash
 from mortice.core.pipeline import Pipeline
@@ -31,6 +30,7 @@ from mortice.core.plugin.interfaces import Identified, Tuned
 from mortice.core.text.generation import Piece
 from mortice.core.text_file import parse_json, read_small_text
 from mortice.core.version import __version__
+from mortice.core.whole_file import write_text
 
 __all__ = ["Difference", "Environment", "RecordedToken", "RunRecord", "first_difference", "read_record"]
 
@@ -184,10 +184,10 @@ class RunRecord:
         )
 
     def write(self, path: Path) -> None:
-        """Write it as JSON; the file is there complete or not at all.
+        """Write it as JSON; the file is there complete or as it was.
 
         Raises:
-            InputError: when it cannot be written.
+            ExecutionError: when it cannot be written.
 
         """
         config = asdict(self.config)
@@ -195,19 +195,7 @@ class RunRecord:
         config["model"]["path"] = self.config.model.path and self.config.model.path.absolute()
         config["model"]["contract"] = self.config.model.contract and self.config.model.contract.absolute()
         document = {"record": _KIND, "version": _VERSION, **asdict(self), "config": config}
-        target = path.resolve()
-        part = target.with_name(f".mortice-{secrets.token_hex(8)}.part")
-        try:
-            if target.exists() and not target.is_file():
-                raise InputError(f"{path}: cannot be written: it is no file")
-            with part.open("x", encoding="utf-8") as stream:
-                stream.write(json.dumps(document, indent=1, default=str) + "\n")
-            part.replace(target)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written: {error.strerror}") from None
-        finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
+        write_text(path, json.dumps(document, indent=1, default=str) + "\n")
 
     def require_files(self, found: Sequence[FileHash], folder: Path) -> None:
         """Refuse a model that is not the recorded one. What counts is what is in its files, not how they are called.
@@ -229,7 +217,7 @@ class RunRecord:
             if other is None:
                 raise ModelFileError(folder, f"has no file like {file.name} of the record")
             if other.nbytes != file.nbytes:
-                message = f"has {other.nbytes} bytes, the record says {file.nbytes}"
+                message = f"has {counted(other.nbytes, 'byte')}, the record says {file.nbytes}"
             else:
                 message = f"SHA-256 is {other.sha256[:12]}…, the record says {file.sha256[:12]}…"
             raise ModelFileError(folder / other.name, f"{message}: it is not the model that was run")

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from mortice.core.bench.results import BenchReport, BenchSettings, ProfileRow, SpeedRow, Startup, Subject
 from mortice.core.bench.traffic import Traffic, decode_traffic
+from mortice.core.counts import counted
 from mortice.core.errors import ExecutionError, UnsupportedError
 from mortice.core.pipeline import Pipeline
 from mortice.core.plugin.events import Event, StepDone, WaysMeasured
@@ -194,7 +195,7 @@ class _Bencher:
             _cut(sequences, depth)
             if number:  # the first one warms up
                 seconds.append(elapsed)
-        self.note(f"prefill of {tokens} tokens at depth {depth} measured{_among(sequences)}")
+        self.note(f"prefill of {counted(tokens, 'token')} at depth {depth} measured{_among(sequences)}")
         return SpeedRow(test="prefill", tokens=tokens, depth=depth, sequences=len(sequences), seconds=tuple(seconds))
 
     def _decode(self, sequences: Sequence[TokenSequence], tokens: int, depth: int) -> SpeedRow:
@@ -207,7 +208,7 @@ class _Bencher:
             seconds.append(elapsed)
             if host is not None:
                 host_seconds.append(host)
-        self.note(f"decoding of {tokens} tokens at depth {depth} measured{_among(sequences)}")
+        self.note(f"decoding of {counted(tokens, 'token')} at depth {depth} measured{_among(sequences)}")
         return SpeedRow(
             test="decode",
             tokens=tokens,

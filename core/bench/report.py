@@ -14,6 +14,7 @@ from typing import Any
 from attrs import asdict
 
 from mortice.core.bench.results import BenchReport, SpeedRow
+from mortice.core.counts import counted
 from mortice.core.errors import ConfigError
 from mortice.core.version import __version__
 
@@ -122,7 +123,7 @@ def _startup(report: BenchReport) -> str:
     size = f"{startup.upload_bytes / 1e6:.1f} MB"
     rate = number(startup.upload_rate, 1e-9, 2)
     upload = f"upload of {size}, made on the way" if startup.made else f"upload of {size} at {rate} GB/s"
-    prompt = f"{startup.prompt_tokens} token{'s' if startup.prompt_tokens > 1 else ''}"
+    prompt = counted(startup.prompt_tokens, "token")
     rows = [
         ("open, validate, plan", _seconds(startup.plan_seconds)),
         (upload, _seconds(startup.upload_seconds)),

@@ -6,17 +6,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
 
 from mortice.core.cli.render import Screen
+from mortice.core.counts import counted
 from mortice.core.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from mortice.core.config import PromptConfig
     from mortice.core.pipeline import Pipeline
     from mortice.core.session import Session
+    from mortice.core.text.chat import ChatTemplate
     from mortice.core.text.generation import Piece
     from mortice.core.text.params import GenerationParams, SamplingParams
 
@@ -28,6 +31,7 @@ __all__ = [
     "read_stdin",
     "require_chat",
     "require_stdin",
+    "warn_unused",
 ]
 
 
@@ -68,12 +72,12 @@ class Answer:
 
     def speed_text(self) -> str:
         """Both speeds, for a person."""
-        parts = [f"prompt {self.prompt_tokens} tokens"]
+        parts = [f"prompt {counted(self.prompt_tokens, 'token')}"]
         if self.reused_tokens:
             parts[0] += f" ({self.reused_tokens} in the cache)"
         if self.prefill_speed is not None:
             parts[0] += f", prefill {self.prefill_speed:.1f} tok/s"
-        parts.append(f"answer {len(self.pieces)} tokens")
+        parts.append(f"answer {counted(len(self.pieces), 'token')}")
         if self.decode_speed is not None:
             parts[1] += f", decode {self.decode_speed:.1f} tok/s"
         return "; ".join(parts)
@@ -104,21 +108,27 @@ class Answer:
 
 def give_answer(
     screen: Screen,
+    pipeline: Pipeline,
     session: Session,
     prompt_ids: Sequence[int],
     sampling: SamplingParams,
     generation: GenerationParams,
     answer: Answer,
 ) -> None:
-    """Generate, show each piece at once, and fill `answer`, which holds what there is when this is interrupted."""
+    """Generate, show each piece at once, and fill `answer`, which holds what there is when this is interrupted.
+
+    How far a prompt of several steps is fed is shown until the first piece comes.
+    """
     started = time.perf_counter()
     pieces = session.generate(prompt_ids, sampling, generation)
     answer.reused_tokens = session.rewind_to(prompt_ids)
-    first = started
+    new = len(prompt_ids) - answer.reused_tokens
     try:
-        for piece in pieces:
+        with screen.prompt_progress(pipeline.registry.observers, new, pipeline.settings.step_tokens):
+            begun = list(islice(pieces, 1))
+            first = time.perf_counter()
+        for piece in chain(begun, pieces):
             if not answer.pieces:
-                first = time.perf_counter()
                 answer.prefill_seconds = first - started
             answer.pieces.append(piece)
             screen.stream(piece.text)
@@ -137,18 +147,28 @@ def check_prompt(pipeline: Pipeline, prompt_ids: Sequence[int], advice: str = _L
     context = pipeline.settings.context_length
     if len(prompt_ids) >= context:
         raise ConfigError(
-            f"prompt: found {len(prompt_ids)} tokens, wanted fewer than the context's {context}; {advice}"
+            f"prompt: found {counted(len(prompt_ids), 'token')}, wanted fewer than the context's {context}; {advice}"
         )
 
 
 def require_chat(prompt: PromptConfig) -> None:
-    """Refuse a system message where there is no chat."""
-    if prompt.system is not None and not prompt.chat:
+    """Refuse what only a chat has where there is none."""
+    if prompt.chat:
+        return
+    if prompt.system is not None:
         raise ConfigError("prompt.system: only a chat has a system message; pass --chat too, or leave it out")
+    if prompt.chat_variables:
+        raise ConfigError("prompt.chat_variables: only a chat has a template; pass --chat too, or leave them out")
+
+
+def warn_unused(screen: Screen, template: ChatTemplate, prompt: PromptConfig) -> None:
+    """Tell of variables that the template cannot read, such as one that is misspelt."""
+    for name in template.unused(prompt.chat_variables):
+        screen.warn(f"prompt.chat_variables: {name}: the model's chat template has no such name, so it changes nothing")
 
 
 @contextmanager
-def prompt_encoder(pipeline: Pipeline, prompt: PromptConfig) -> Iterator[Callable[[str], list[int]]]:
+def prompt_encoder(screen: Screen, pipeline: Pipeline, prompt: PromptConfig) -> Iterator[Callable[[str], list[int]]]:
     """What turns a text into token ids, through the chat template where `prompt` is one of a chat."""
     tokenizer = pipeline.tokenizer
     if not prompt.chat:
@@ -158,7 +178,10 @@ def prompt_encoder(pipeline: Pipeline, prompt: PromptConfig) -> Iterator[Callabl
 
     before = [] if prompt.system is None else [Message(role="system", content=prompt.system)]
     with closing(ChatTemplate.from_metadata(pipeline.model.file.metadata, tokenizer)) as template:
-        yield lambda text: encode_chat(tokenizer, template, [*before, Message(role="user", content=text)])
+        warn_unused(screen, template, prompt)
+        yield lambda text: encode_chat(
+            tokenizer, template, [*before, Message(role="user", content=text)], variables=prompt.chat_variables
+        )
 
 
 def require_stdin() -> None:

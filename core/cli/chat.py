@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 from attrs import define, field
 
-from mortice.core.cli.answer import Answer, check_prompt, give_answer, require_stdin
+from mortice.core.cli.answer import Answer, check_prompt, give_answer, require_stdin, warn_unused
 from mortice.core.cli.flags import (
     ConfigFlags,
     ConfigOrModel,
+    ConversationFlags,
     ExecutorFlags,
     GenerationFlags,
     ModelFlags,
     PluginFlags,
-    SystemFlag,
     TalkFlags,
     config_or_model,
     settings,
@@ -41,7 +41,7 @@ def chat(
     /,
     *,
     model: ModelFlags | None = None,
-    system: SystemFlag | None = None,
+    conversation: ConversationFlags | None = None,
     generation: GenerationFlags | None = None,
     executor: ExecutorFlags | None = None,
     plugins: PluginFlags | None = None,
@@ -59,12 +59,13 @@ def chat(
     require_stdin()
     screen = Screen(quiet=talk is not None and talk.quiet)
     config, model = config_or_model(config, model)
-    chosen = settings(config, model, system, generation, executor, plugins, any_key).config
+    chosen = settings(config, model, conversation, generation, executor, plugins, any_key).config
     with planned(screen, chosen) as pipeline:
         note_model(screen, pipeline)
         pipeline.fit.require()
         template = ChatTemplate.from_metadata(pipeline.model.file.metadata, pipeline.tokenizer)
         try:
+            warn_unused(screen, template, chosen.prompt)
             template.warm_up()
             resident(screen, pipeline)
             screen.note(_HELP)
@@ -128,11 +129,13 @@ class _Talk:
         self.turns.append(Message(role="user", content=text))
         system = [] if self.system is None else [Message(role="system", content=self.system)]
         try:
-            ids = encode_chat(self.pipeline.tokenizer, self.template, [*system, *self.turns])
+            variables = self.pipeline.config.prompt.chat_variables
+            ids = encode_chat(self.pipeline.tokenizer, self.template, [*system, *self.turns], variables=variables)
             check_prompt(self.pipeline, ids, "/reset forgets the conversation")
             answer = Answer(prompt_tokens=len(ids))
             try:
-                give_answer(self.screen, self.session, ids, self.sampling, self.pipeline.config.generation, answer)
+                generation = self.pipeline.config.generation
+                give_answer(self.screen, self.pipeline, self.session, ids, self.sampling, generation, answer)
             except KeyboardInterrupt:
                 self.screen.note("(stopped)")
         except BaseException:

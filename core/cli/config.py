@@ -21,9 +21,10 @@ from mortice.core.cli.flags import (
     settings,
 )
 from mortice.core.cli.render import Screen, json_text
-from mortice.core.cli.written_files import ForceFlag, require_writable, write_text
+from mortice.core.cli.written_files import ForceFlag, require_writable
 from mortice.core.config_keys import config_keys
 from mortice.core.errors import MorticeError
+from mortice.core.whole_file import write_text
 
 if TYPE_CHECKING:
     from mortice.core.config import RunConfig

@@ -22,6 +22,7 @@ _EXAMPLES = {  # of keys whose default is no value, or shows nothing
     "model.contract": '"contract.toml"',
     "prompt.text": '"Why is the sky blue?"',
     "prompt.system": '"Answer in one sentence."',
+    "prompt.chat_variables": "{ enable_thinking = false }",
     "sampling.seed": "1",
     "sampling.logit_bias": '{ "2" = -inf }',
     "plugins.prefer": '{ "qtype:Q4_K" = "my-plugin" }',
@@ -29,7 +30,9 @@ _EXAMPLES = {  # of keys whose default is no value, or shows nothing
 
 
 def toml_text(value: Any) -> str:
-    """A value as TOML."""
+    """A value as TOML, apart from ``null``, which TOML does not have."""
+    if value is None:
+        return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
@@ -123,5 +126,5 @@ def _json_type(key: ConfigKey) -> dict[str, Any]:
         return {**found, "type": "array", "items": {"type": "string"}}
     if key.kind in simple:
         return {**found, "type": simple[key.kind]}
-    items = "number" if key.type_text == "table of numbers" else "string"
-    return {**found, "type": "object", "additionalProperties": {"type": items}}
+    items = {"table of numbers": {"type": "number"}, "table of strings": {"type": "string"}}
+    return {**found, "type": "object", "additionalProperties": items.get(key.type_text, True)}

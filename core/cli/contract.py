@@ -10,8 +10,9 @@ from cyclopts import Parameter
 
 from mortice.core.cli.flags import CommonFlags, ModelPath
 from mortice.core.cli.render import Screen, printable
-from mortice.core.cli.written_files import ForceFlag, require_writable, write_text
+from mortice.core.cli.written_files import ForceFlag, require_writable
 from mortice.core.errors import ConfigError, ContractError
+from mortice.core.whole_file import write_text
 
 if TYPE_CHECKING:
     from mortice.arch_contracts.vocabulary import Contract

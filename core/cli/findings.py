@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from mortice.core.cli.render import Screen
+from mortice.core.counts import counted
 from mortice.core.model.findings import Finding, join_findings
 
 __all__ = ["COLUMNS", "counts_text", "finding_rows", "note_findings"]
@@ -29,7 +30,7 @@ def counts_text(findings: Sequence[Finding]) -> str:
     for severity in ("error", "warning", "note"):
         count = sum(finding.severity == severity for finding in findings)
         if count:
-            parts.append(f"{count} {severity}" + ("s" if count > 1 else ""))
+            parts.append(counted(count, severity))
     return ", ".join(parts) or "no findings"
 
 

@@ -56,7 +56,7 @@ def fit(
         screen.table(("memory", ">size"), fit_rows(pipeline.plan, report))
         for line in _stored_wider(pipeline):
             screen.say(line)
-        screen.say("fits" if report.fits else "does not fit")
+        screen.say("fits" if report.fits else f"does not fit: {report.advice}")
         screen.say(f"largest context that fits: {report.largest_context} of the model's {longest} tokens")
         screen.say(f"largest KV cache that fits: {report.largest_kv_tokens} tokens of all sequences together")
         return 0 if report.fits else _REFUSED

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from attrs import evolve, fields, frozen
 from cyclopts import Parameter
 
+from mortice.core.cli.flag_pairs import PAIRS
 from mortice.core.cli.render import Screen
 from mortice.core.config_keys import config_keys
 from mortice.core.errors import ConfigError
@@ -30,6 +31,7 @@ __all__ = [
     "ConfigFlags",
     "ConfigOrModel",
     "ContractFlag",
+    "ConversationFlags",
     "ExecutorFlags",
     "FileFlags",
     "GenerationFlags",
@@ -38,7 +40,6 @@ __all__ = [
     "OutputFlags",
     "PluginFlags",
     "PromptFlags",
-    "SystemFlag",
     "TalkFlags",
     "config_or_model",
     "counts",
@@ -87,6 +88,7 @@ FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "prompt.text": ("--prompt", "-p"),
         "prompt.system": ("--system",),
         "prompt.chat": ("--chat",),
+        "prompt.chat_variables": ("--chat-variable",),
         "plugins.allow": ("--allow-plugin",),
         "plugins.block": ("--block-plugin",),
         "plugins.strict": ("--strict-plugins",),
@@ -129,6 +131,7 @@ _MORE = {
     "plugins list names all that are installed.",
     "kernels.layout": " Built in are tiles and vector-f32 of cuda, f32 and file of the reference.",
     "prompt.text": " - reads it from standard input, without the line end it may close with.",
+    "prompt.chat_variables": " Written NAME=VALUE, where VALUE is JSON or else a text; may be given several times.",
     "plugins.allow": " May be given several times.",
     "plugins.block": " May be given several times.",
     "plugins.prefer": " Written KIND:KEY=PLUGIN; may be given several times.",
@@ -270,15 +273,16 @@ class ExecutorFlags:
 
 @Parameter(name="*", group="Prompt")
 @frozen(kw_only=True)
-class SystemFlag:
+class ConversationFlags:
     """How a model shall behave."""
 
     prompt_system: Annotated[str | None, _flag("prompt.system")] = None
+    prompt_chat_variables: Annotated[tuple[str, ...], _flag("prompt.chat_variables")] = ()
 
 
 @Parameter(name="*", group="Prompt")
 @frozen(kw_only=True)
-class PromptFlags(SystemFlag):
+class PromptFlags(ConversationFlags):
     """What is asked."""
 
     prompt_text: Annotated[str | None, _flag("prompt.text")] = None
@@ -378,28 +382,4 @@ def _flags_of(group: object) -> Iterator[Flag]:
                 yield Flag(key.strip(), rest, f"--set {key.strip()}")
         elif value not in (None, ()):
             key = attribute.name.replace("_", ".", 1)
-            yield Flag(key, _PAIRS[key](value) if key in _PAIRS else value, FLAGS[key][0])
-
-
-def _biases(values: Sequence[str]) -> dict[str, float]:
-    biases = {}
-    for text in values:
-        token, _, bias = text.partition("=")
-        try:
-            biases[token] = float(bias)
-        except ValueError:
-            raise ConfigError(f"--logit-bias: found {text!r}, wanted ID=BIAS") from None
-    return biases
-
-
-def _preferences(values: Sequence[str]) -> dict[str, str]:
-    chosen = {}
-    for text in values:
-        key, equals, plugin = text.rpartition("=")
-        if not equals:
-            raise ConfigError(f"--prefer: found {text!r}, wanted KIND:KEY=PLUGIN")
-        chosen[key] = plugin
-    return chosen
-
-
-_PAIRS = {"sampling.logit_bias": _biases, "plugins.prefer": _preferences}
+            yield Flag(key, PAIRS[key](value) if key in PAIRS else value, FLAGS[key][0])

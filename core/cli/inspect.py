@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mortice.core.cli.findings import counts_text
 from mortice.core.cli.flags import CommonFlags, FileFlags, ModelPath
 from mortice.core.cli.render import Screen, printable, size_text
+from mortice.core.counts import counted
 from mortice.core.errors import MorticeError
 
 if TYPE_CHECKING:
@@ -144,14 +145,14 @@ def _value_text(value: MetadataValue) -> str:
         return printable(value, _SHOWN_CHARS)
     items = ", ".join(printable(str(_item(item)), 24) for item in value[:_SHOWN_ITEMS])
     more = ", …" if len(value) > _SHOWN_ITEMS else ""
-    return f"[{items}{more}] ({len(value)} items)"
+    return f"[{items}{more}] ({counted(len(value), 'item')})"
 
 
 def _show(screen: Screen, file: ModelFile, types: list[dict[str, Any]], served: Mapping[str, Any]) -> None:
     screen.say(f"{printable(str(file.path))}: {file.format} v{file.version}, opened by plugin {file.loader}")
     bits = _bits_per_weight(file)
     screen.say(
-        f"architecture {printable(file.architecture) or 'not given'}, {len(file.tensors)} tensors, "
+        f"architecture {printable(file.architecture) or 'not given'}, {counted(len(file.tensors), 'tensor')}, "
         f"{file.parameters / 1e6:.1f} M parameters, {size_text(file.tensor_bytes)}"
         + (f", {bits:.2f} bits per weight" if bits is not None else "")
     )
@@ -179,7 +180,7 @@ def _show(screen: Screen, file: ModelFile, types: list[dict[str, Any]], served: 
     if served["program"]:
         program = served["program"]
         screen.say(
-            f"program: {program['layers']} layers, hidden size {program['hidden_size']}, vocabulary "
+            f"program: {counted(program['layers'], 'layer')}, hidden size {program['hidden_size']}, vocabulary "
             f"{program['vocab_size']}, context {program['context_length']}"
         )
         screen.say("operators: " + ", ".join(f"{count} {kind}" for kind, count in program["operators"].items()))

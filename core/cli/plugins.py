@@ -12,6 +12,7 @@ from cyclopts import Parameter
 
 from mortice.core.cli.flags import CommonFlags
 from mortice.core.cli.render import Screen, printable
+from mortice.core.counts import counted
 from mortice.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def _details(registry: Registry, plugin: str) -> dict[str, dict[str, str]]:
 
 def _qtype_text(value: Any) -> str:
     qtype = value.qtype
-    parts = [f"id {qtype.id}", f"{qtype.block_elements} elements in {qtype.block_bytes} bytes"]
+    parts = [f"id {qtype.id}", f"{counted(qtype.block_elements, 'element')} in {counted(qtype.block_bytes, 'byte')}"]
     parts += [f"{qtype.bits_per_weight:.2f} bits a weight", "CUDA header" if value.traits else "reference only"]
     return ", ".join([*parts, *(["quantises"] if value.quantize else [])])
 

@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from attrs import define, field
 
-from mortice.core.plugin.events import Event, UploadProgress, WaysMeasured
+from mortice.core.plugin.events import Event, StepDone, UploadProgress, WaysMeasured
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -132,6 +132,37 @@ class Screen:
             with _bar(title) as show:
                 yield show
 
+    @contextmanager
+    def prompt_progress(
+        self, observers: list[Callable[[Event], None]], tokens: int, step_tokens: int
+    ) -> Iterator[None]:
+        """Show how much of a prompt is fed while inside, where that takes several steps: a bar, as `byte_progress` has.
+
+        Args:
+            observers: those of the registry.
+            tokens: what is fed in all.
+            step_tokens: what is fed in one step at most.
+
+        """
+        if self.quiet or tokens <= step_tokens or not sys.stderr.isatty():
+            yield
+            return
+        with _bar("prompt", unit="tokens") as show:
+            fed = 0
+
+            def watch(event: Event) -> None:
+                nonlocal fed
+                if isinstance(event, StepDone):
+                    fed += event.tokens
+                    show(fed, tokens)
+
+            show(0, tokens)
+            observers.append(watch)
+            try:
+                yield
+            finally:
+                observers.remove(watch)
+
     # standard output --------------------------------------------------------------------------------------------
 
     def result(self, value: Any) -> None:
@@ -199,16 +230,20 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str, *,
 
 
 @contextmanager
-def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal; what it gives is told the bytes done and those there are."""
+def _bar(title: str, unit: Literal["bytes", "tokens"] = "bytes") -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal; what it gives is told how many bytes or tokens are done and how many there are."""
+    from rich import progress as parts
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    progress = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+    columns: dict[str, tuple[parts.ProgressColumn, ...]] = {
+        "bytes": (parts.DownloadColumn(binary_units=True), parts.TransferSpeedColumn()),
+        # a step can take a minute, and the clock shows that it goes on
+        "tokens": (parts.MofNCompleteColumn(), parts.TextColumn("tokens"), parts.TimeElapsedColumn()),
+    }
+    progress = parts.Progress(
+        parts.TextColumn("{task.description}", markup=False),
+        parts.BarColumn(),
+        *columns[unit],
         console=Console(file=sys.stderr),
         transient=title != "upload",
     )

@@ -13,6 +13,7 @@ from mortice.core.cli.flags import ModelPath, OutputFlags
 from mortice.core.cli.render import Screen, printable
 from mortice.core.cli.run import prompt_ids
 from mortice.core.cli.stages import note_model, planned, resident
+from mortice.core.counts import counted
 from mortice.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def replay(
         changes = list(recorded.environment.changes(Environment.of(pipeline)))
         for change in changes:
             screen.note(change)
-        found = _replayed(recorded, config, pipeline)
+        found = _replayed(screen, recorded, config, pipeline)
     screen.result(
         {
             "equal": found.difference is None,
@@ -84,7 +85,7 @@ def replay(
     )
     if found.difference is None:
         screen.say(
-            f"equal: {len(recorded.prompt)} tokens of the prompt, {found.equal_tokens} of the answer; "
+            f"equal: {counted(len(recorded.prompt), 'token')} of the prompt, {found.equal_tokens} of the answer; "
             f"log-probabilities differ by at most {found.logprob_drift:.2g}"
         )
         return 0
@@ -120,11 +121,11 @@ def _require_same_model(screen: Screen, recorded: RunRecord, pipeline: Pipeline)
         recorded.require_files(hashes.result(progress), file.files[0].parent)
 
 
-def _replayed(recorded: RunRecord, config: RunConfig, pipeline: Pipeline) -> _Replayed:
+def _replayed(screen: Screen, recorded: RunRecord, config: RunConfig, pipeline: Pipeline) -> _Replayed:
     """Run until the end or the first difference."""
     from mortice.core.record import RecordedToken, first_difference
 
-    ids = prompt_ids(pipeline, config.prompt)
+    ids = prompt_ids(screen, pipeline, config.prompt)
     difference = first_difference("prompt", _tokens(pipeline, recorded.prompt), _tokens(pipeline, ids))
     tokens: list[RecordedToken] = []
     drift = 0.0

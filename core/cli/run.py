@@ -99,13 +99,13 @@ def run(
         if record is not None:
             require_writable("--record", record, force=force, inputs=pipeline.model.file.files)
         pipeline.fit.require()
-        ids = prompt_ids(pipeline, chosen.prompt)
+        ids = prompt_ids(screen, pipeline, chosen.prompt)
         check_prompt(pipeline, ids)
         with _hashing(pipeline, record) as hashes:
             resident(screen, pipeline)
             answer = Answer(prompt_tokens=len(ids))
             with pipeline.session() as session:
-                give_answer(screen, session, ids, sampling, chosen.generation, answer)
+                give_answer(screen, pipeline, session, ids, sampling, chosen.generation, answer)
             if record is not None and hashes is not None:
                 _write_record(screen, record, pipeline, chosen, hashes, ids, answer)
         screen.note(answer.speed_text())
@@ -185,8 +185,8 @@ def _write_record(
     screen.note(f"record of the run in {path}; mortice replay {path} repeats it")
 
 
-def prompt_ids(pipeline: Pipeline, prompt: PromptConfig) -> list[int]:
+def prompt_ids(screen: Screen, pipeline: Pipeline, prompt: PromptConfig) -> list[int]:
     """Token ids of what is asked, through the chat template where the prompt is one of a chat."""
     assert prompt.text is not None, "it has been checked"
-    with prompt_encoder(pipeline, prompt) as encode:
+    with prompt_encoder(screen, pipeline, prompt) as encode:
         return encode(prompt.text)

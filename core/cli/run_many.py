@@ -16,6 +16,7 @@ from mortice.core.cli.answer import prompt_encoder, read_stdin, require_chat
 from mortice.core.cli.render import Screen, json_text
 from mortice.core.cli.stages import note_model, planned, resident
 from mortice.core.cli.written_files import require_writable
+from mortice.core.counts import counted
 from mortice.core.errors import ExecutionError, InputError
 from mortice.core.text_file import parse_json
 
@@ -66,7 +67,7 @@ def run_many(
         note_model(screen, pipeline)
         _require_output(output, pipeline.model.file.files, force=force)
         pipeline.fit.require()
-        requests = _requests(pipeline, config, source, lines)
+        requests = _requests(screen, pipeline, config, source, lines)
         with _opened(output) as stream:
             resident(screen, pipeline)
             started = time.perf_counter()
@@ -78,7 +79,7 @@ def run_many(
             seconds = time.perf_counter() - started
     failures = f", {failed} failed" if failed else ""
     speed = f", {tokens / seconds:.1f} tok/s in all" if tokens else ""
-    screen.note(f"{len(requests)} prompts{failures}; answers {tokens} tokens{speed}")
+    screen.note(f"{counted(len(requests), 'prompt')}{failures}; answers {counted(tokens, 'token')}{speed}")
     return 1 if failed else 0
 
 
@@ -151,9 +152,11 @@ def _kind(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def _requests(pipeline: Pipeline, config: RunConfig, source: Path, lines: Sequence[_Line]) -> list[Request]:
+def _requests(
+    screen: Screen, pipeline: Pipeline, config: RunConfig, source: Path, lines: Sequence[_Line]
+) -> list[Request]:
     """What the lines ask, checked against the model; refused together, as in `_read_lines`."""
-    with prompt_encoder(pipeline, config.prompt) as encode:
+    with prompt_encoder(screen, pipeline, config.prompt) as encode:
 
         def request(item: tuple[int, _Line]) -> Request:
             line = item[1]

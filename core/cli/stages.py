@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mortice.core.cli.findings import counts_text, note_findings
 from mortice.core.cli.render import Screen, size_text
+from mortice.core.counts import counted
 from mortice.core.errors import ValidationError
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def fit_rows(plan: WeightPlan, fit: FitReport) -> list[tuple[str, str]]:
     layouts = ", ".join(f"{count} {name}" for name, count in layouts_of(plan).items())
     return [
         (f"weights ({layouts})", size_text(fit.weight_bytes)),
-        (f"KV cache, {fit.kv_tokens} tokens", size_text(fit.kv_bytes)),
+        (f"KV cache, {counted(fit.kv_tokens, 'token')}", size_text(fit.kv_bytes)),
         ("workspace", size_text(fit.workspace_bytes)),
         ("needed", size_text(fit.total_bytes)),
         (f"available on {fit.device.name}", size_text(fit.available_bytes)),
@@ -103,4 +104,6 @@ def fit_dict(fit: FitReport) -> dict[str, Any]:
         "fits": fit.fits,
         "largest_context": fit.largest_context,
         "largest_kv_tokens": fit.largest_kv_tokens,
+        "least_bytes": fit.least_bytes,
+        "least_context": fit.least_context,
     }

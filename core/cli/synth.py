@@ -10,8 +10,9 @@ from cyclopts import Parameter
 
 from mortice.core.cli.flags import OutputFlags
 from mortice.core.cli.render import Screen, size_text
-from mortice.core.cli.written_files import ForceFlag, require_writable, written_beside
+from mortice.core.cli.written_files import ForceFlag, require_writable
 from mortice.core.errors import ConfigError
+from mortice.core.whole_file import written_beside
 
 __all__ = ["synth"]
 

@@ -9,6 +9,7 @@ from cyclopts import Parameter
 from mortice.core.cli.answer import read_stdin
 from mortice.core.cli.flags import CommonFlags, ModelPath
 from mortice.core.cli.render import printable
+from mortice.core.counts import counted
 from mortice.core.errors import InputError
 from mortice.core.text_file import require_utf8
 
@@ -47,5 +48,5 @@ def tokenize(
         pieces = [tokenizer.piece(token) for token in ids]
     screen.result({"ids": ids, "pieces": pieces, "count": len(ids)})
     screen.table((">id", "piece"), [(str(token), printable(piece)) for token, piece in zip(ids, pieces, strict=True)])
-    screen.say(f"{len(ids)} tokens")
+    screen.say(counted(len(ids), "token"))
     return 0

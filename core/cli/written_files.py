@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from mortice.core.errors import ConfigError, ExecutionError
+from mortice.core.errors import ConfigError
 
-__all__ = ["ForceFlag", "require_writable", "write_text", "written_beside"]
+__all__ = ["ForceFlag", "require_writable"]
 
 ForceFlag = Annotated[
     bool, Parameter(name="--force", negative=(), help="Overwrite a file that is there already.", show_default=False)
@@ -55,34 +53,3 @@ def require_writable(
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         raise ConfigError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
     raise ConfigError(f"{where}: found {found}, wanted the name of a file")
-
-
-@contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write, which takes its place in the end; until then `path` is left alone.
-
-    Raises:
-        ExecutionError: when it cannot be written.
-
-    """
-    target = path.resolve()  # a link stays a link
-    part = target.with_name(f".mortice-{secrets.token_hex(8)}.part")
-    try:
-        yield part
-        part.replace(target)
-    except OSError as error:
-        raise ExecutionError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text as UTF-8; the file is there complete or as it was.
-
-    Raises:
-        ExecutionError: when it cannot be written.
-
-    """
-    with written_beside(path) as part:
-        part.write_text(text, encoding="utf-8")

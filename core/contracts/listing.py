@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from attrs import frozen
 
+from mortice.core.counts import counted
 from mortice.core.model.findings import join_numbers
 from mortice.core.model.operators import (
     Act,
@@ -96,7 +97,7 @@ def parts_of(program: Program) -> list[Part]:
 def program_listing(program: Program) -> str:
     """The listing: a header, then for each part its lines; ``[n]`` is the width of a result."""
     sizes = f"hidden size {program.hidden_size}, vocabulary {program.vocab_size}, context {program.context_length}"
-    blocks = [f"{program.architecture}: {program.num_layers} layers, {sizes}"]
+    blocks = [f"{program.architecture}: {counted(program.num_layers, 'layer')}, {sizes}"]
     for part in parts_of(program):
         named = [(f"{line.out} [{line.width}]" if line.out else "", line.text) for line in part.lines]
         column = max(len(name) for name, _ in named)
@@ -145,7 +146,7 @@ def _formula(operator: Operator, inputs: Sequence[str]) -> str:  # noqa: C901 (o
         case Rope():
             return _rope(operator, inputs[0])
         case KvWrite(num_kv_heads=heads, head_dim=size):
-            return f"cache K = {inputs[0]}, V = {inputs[1]} ({heads} heads of {size})"
+            return f"cache K = {inputs[0]}, V = {inputs[1]} ({counted(heads, 'head')} of {size})"
         case Attention():
             return _attention(operator, inputs[0])
         case Add():
@@ -172,14 +173,15 @@ def _rope(rope: Rope, src: str) -> str:
     factors = f", frequencies / {_weight(rope.factors)}" if rope.factors is not None else ""
     if rope.long_factors is not None and rope.scaling is not None:
         factors += f" (beyond a context of {rope.scaling.original_context}, / {_weight(rope.long_factors)})"
-    return f"rope({src}: {rope.num_heads} heads of {part}, {pairs}, base {rope.base:g}{scaling}{factors})"
+    return f"rope({src}: {counted(rope.num_heads, 'head')} of {part}, {pairs}, base {rope.base:g}{scaling}{factors})"
 
 
 def _attention(attention: Attention, query: str) -> str:
     window = f", the last {attention.window} tokens" if attention.window else ""
     cap = f", softcap {attention.softcap:g}" if attention.softcap else ""
     return (
-        f"attention({query}: {attention.num_heads} heads of {attention.head_dim} on {attention.num_kv_heads} KV heads, "
+        f"attention({query}: {counted(attention.num_heads, 'head')} of {attention.head_dim} "
+        f"on {counted(attention.num_kv_heads, 'KV head')}, "
         f"scale {attention.scale:g}{cap}{window})"
     )
 

@@ -11,6 +11,7 @@ from xml.sax.saxutils import escape
 from attrs import frozen
 
 from mortice.core.contracts.listing import STREAM, Line, Part, parts_of
+from mortice.core.counts import counted
 from mortice.core.model.program import Program
 
 __all__ = ["program_picture"]
@@ -56,7 +57,7 @@ def program_picture(program: Program) -> str:
         body += _part(part, boxes, part_top, height, width)
         if number + 1 < len(drawn):
             body.append(_arrow(width / 2, part_top + height, width / 2, part_top + height + _GAP_Y))
-    title = f"{program.architecture}: {program.num_layers} layers, hidden size {program.hidden_size}"
+    title = f"{program.architecture}: {counted(program.num_layers, 'layer')}, hidden size {program.hidden_size}"
     size = f'width="{width}" height="{top}" viewBox="0 0 {width} {top}"'
     return "\n".join(
         [

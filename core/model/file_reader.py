@@ -11,6 +11,7 @@ import numpy as np
 from attrs import define, field
 from numpy.typing import NDArray
 
+from mortice.core.counts import counted
 from mortice.core.errors import ModelFileError
 
 __all__ = ["FileReader"]
@@ -57,7 +58,7 @@ class FileReader:
             except OSError as error:
                 raise ModelFileError(self.path, f"cannot be read: {error.strerror}", offset + done) from error
             if not count:
-                wanted = f"{len(view) - done} more bytes were there when it was opened"
+                wanted = f"{counted(len(view) - done, 'more byte was', 'more bytes were')} there when it was opened"
                 raise ModelFileError(self.path, f"the file ends, {wanted}", offset + done)
             done += count
 

@@ -11,6 +11,7 @@ from attrs import define, field, frozen
 
 from mortice.arch_contracts.expressions import MAX_VALUE, Expression, ExpressionError, Number
 from mortice.arch_contracts.schema import Contract, Hyperparameter
+from mortice.core.counts import counted
 from mortice.core.model.findings import Finding
 from mortice.core.model.types import ModelFile
 
@@ -116,7 +117,7 @@ class _Resolver:
                 self.report("type", key, f"an array of {len(raw)}", "wanted int")
             return  # how many values there should be is not known, and that is reported already
         if len(raw) != layers:
-            self.report("length", key, f"{len(raw)} values", f"wanted one for each of {layers} layers")
+            self.report("length", key, counted(len(raw), "value"), f"wanted one for each of {layers} layers")
             return
         items = raw.tolist() if isinstance(raw, np.ndarray) else list(raw)
         if not hyperparameter.per_layer:
@@ -151,7 +152,7 @@ class _Resolver:
         layers = self.values.get("num_layers", 0)
         assert isinstance(layers, int)
         if layers > len(self.file.tensors):
-            wanted = f"the file has {len(self.file.tensors)} tensors in all"
+            wanted = f"the file has {counted(len(self.file.tensors), 'tensor')} in all"
             self.report("range", self.key("num_layers"), str(layers), wanted)
             del self.values["num_layers"]
 
@@ -166,7 +167,9 @@ class _Resolver:
                 self.report("type", key, f"{stated!r:.40}", "wanted a positive int")
                 return
             if listed is not None and stated != listed:
-                self.report("vocab_size", key, str(stated), f"tokenizer.ggml.tokens has {listed} entries")
+                self.report(
+                    "vocab_size", key, str(stated), f"tokenizer.ggml.tokens has {counted(listed, 'entry', 'entries')}"
+                )
                 return
             self.values["vocab_size"] = stated
         elif listed is not None:

@@ -10,6 +10,7 @@ import numpy as np
 from attrs import evolve, frozen
 from numpy.typing import NDArray
 
+from mortice.core.counts import counted
 from mortice.core.errors import ModelFileError, PluginError
 from mortice.core.model.findings import Finding
 from mortice.core.model.qtypes import QType
@@ -83,13 +84,14 @@ def _kept(tensor: TensorView, qtype: QType) -> Finding:
         rule="quantize.kept",
         severity="note",
         subject=tensor.name,
-        found=f"rows of {tensor.columns} elements, stays {tensor.qtype.name}",
+        found=f"rows of {counted(tensor.columns, 'element')}, stays {tensor.qtype.name}",
         wanted=f"{qtype.name} takes rows of whole blocks of {qtype.block_elements}",
     )
 
 
 def _summary(qtype: QType, count: int, before: int, after: int) -> Finding:
-    found = f"{count} matrices become {qtype.name}, {before / 1e6:.1f} MB become {after / 1e6:.1f} MB"
+    become = counted(count, "matrix becomes", "matrices become")
+    found = f"{become} {qtype.name}, {before / 1e6:.1f} MB become {after / 1e6:.1f} MB"
     return Finding(
         rule="quantize.done",
         severity="note" if count else "warning",

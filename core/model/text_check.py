@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from mortice.core.counts import counted
 from mortice.core.errors import TokenizerError
 from mortice.core.model.findings import Finding, Severity
 from mortice.core.model.types import ModelFile
@@ -42,8 +43,8 @@ def _sizes_and_ids(file: ModelFile, count: int) -> Iterator[Finding]:
         key = f"tokenizer.ggml.{name}"
         values = file.metadata.get(key)
         if values is not None and (not hasattr(values, "__len__") or len(values) != count):
-            found = f"{len(values)} entries" if hasattr(values, "__len__") else type(values).__name__
-            yield _finding(file, "tokenizer.length", key, found, f"wanted one for each of {count} tokens")
+            found = counted(len(values), "entry", "entries") if hasattr(values, "__len__") else type(values).__name__
+            yield _finding(file, "tokenizer.length", key, found, f"wanted one for each of {counted(count, 'token')}")
     for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
         key = f"tokenizer.ggml.{name}_token_id"
         value = file.metadata.get(key)

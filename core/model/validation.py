@@ -12,6 +12,7 @@ from attrs import define, field, frozen
 
 from mortice.arch_contracts.expressions import Expression, ExpressionError, Number
 from mortice.arch_contracts.schema import PRESENCE, Contract, Role
+from mortice.core.counts import counted
 from mortice.core.errors import ValidationError
 from mortice.core.model.findings import Finding, Findings, Severity, join_findings
 from mortice.core.model.hyperparameters import Hyperparameters, resolve_hyperparameters
@@ -86,7 +87,7 @@ class ValidationReport:
         if self._model is None:
             errors = self.findings.errors
             lines = "\n".join(f"  {finding}" for finding in join_findings(errors))
-            count = f"{len(errors)} error" + ("s" if len(errors) > 1 else "")
+            count = counted(len(errors), "error")
             raise ValidationError(f"{self.file.path}: {count} against contract {self.contract.name}\n{lines}")
         return self._model
 
@@ -265,7 +266,7 @@ class _Check:
             )
             start = stop
         if role.split and start != whole.shape[0]:
-            self.report_tensor("role.split", tensor, f"{whole.shape[0]} rows", f"its parts have {start}")
+            self.report_tensor("role.split", tensor, counted(whole.shape[0], "row"), f"its parts have {start}")
             return False
         return True
 

@@ -15,6 +15,7 @@ import numpy as np
 from attrs import evolve, field, frozen
 from numpy.typing import NDArray
 
+from mortice.core.counts import counted
 from mortice.core.errors import DoesNotFitError, UnsupportedError
 from mortice.core.model.findings import join_layers
 from mortice.core.model.operators import WeightRef
@@ -244,6 +245,8 @@ class FitReport:
             not fit, that is without more of them than the context has.
         largest_kv_tokens: the most tokens of KV cache that would fit with this context; 0 where not even one full
             sequence does.
+        least_bytes: what a run with the context `least_context` would take, with no more KV cache than that.
+        least_context: tokens of a page of KV cache, or of the context where that is shorter.
 
     """
 
@@ -256,6 +259,8 @@ class FitReport:
     available_bytes: int
     largest_context: int
     largest_kv_tokens: int
+    least_bytes: int
+    least_context: int
 
     @property
     def total_bytes(self) -> int:
@@ -276,23 +281,36 @@ class FitReport:
         """
         if self.fits:
             return
-        if self.largest_kv_tokens:
-            advice = f"a KV cache of {self.largest_kv_tokens} tokens would fit (executor.kv_tokens)"
-        elif self.largest_context:
-            advice = f"a context of {self.largest_context} tokens would fit"
-        elif self.weight_bytes > self.available_bytes:
-            advice = "its weights alone do not fit: take a smaller model or a smaller quantisation"
-        else:
-            advice = "no context fits beside its weights: take a smaller model or a smaller quantisation"
         raise DoesNotFitError(
             f"{self.device.name}: needs {_gib(self.total_bytes)} (weights {_gib(self.weight_bytes)}, "
-            f"KV cache for {self.kv_tokens} tokens {_gib(self.kv_bytes)}, "
-            f"workspace {_gib(self.workspace_bytes)}), {_gib(self.available_bytes)} may be used; {advice}"
+            f"KV cache for {counted(self.kv_tokens, 'token')} {_gib(self.kv_bytes)}, "
+            f"workspace {_gib(self.workspace_bytes)}), {_gib(self.available_bytes)} may be used; {self.advice}"
         )
+
+    @property
+    def advice(self) -> str:
+        """What to change where it does not fit, in a few words; empty where it fits."""
+        if self.fits:
+            return ""
+        if self.largest_kv_tokens:
+            return f"a KV cache of {counted(self.largest_kv_tokens, 'token')} would fit (executor.kv_tokens)"
+        if self.largest_context:
+            return f"a context of {counted(self.largest_context, 'token')} would fit (executor.context)"
+        if self.least_bytes <= self.device.free_bytes:  # only the limit is in the way
+            whole, least = (-(-count >> 20) for count in (self.total_bytes, self.least_bytes))
+            shortest = f"{least} with a context of {counted(self.least_context, 'token')} (executor.context)"
+            if self.total_bytes > self.device.free_bytes:
+                return f"limits.memory_mib would have to be {shortest}"
+            return f"limits.memory_mib would have to be {whole}" + (f", or {shortest}" if least < whole else "")
+        if self.weight_bytes > self.available_bytes:
+            return "its weights alone do not fit: take a smaller model or a smaller quantisation"
+        return "no context fits beside its weights: take a smaller model or a smaller quantisation"
 
 
 _MOST_KV_TOKENS = 1 << 40
 """More than anything has room for."""
+_LEAST_CONTEXT = 64
+"""A page of the KV cache (`kv_pages`): a shorter context would not take less."""
 
 
 def fit_report(
@@ -324,6 +342,7 @@ def fit_report(
         return plan.arena_bytes + kv_bytes(max(context, kv_tokens)) + workspace_bytes(context)
 
     kv_tokens = max(context_length, kv_tokens)
+    least_context = min(context_length, _LEAST_CONTEXT)
     pooled = _largest(lambda tokens: total(context_length, tokens) <= available, _MOST_KV_TOKENS)
     beside = kv_tokens if pooled >= kv_tokens else 0
     return FitReport(
@@ -336,6 +355,8 @@ def fit_report(
         available_bytes=available,
         largest_context=_largest(lambda context: total(context, beside) <= available, plan.program.context_length),
         largest_kv_tokens=pooled if pooled >= context_length else 0,
+        least_bytes=total(least_context),
+        least_context=least_context,
     )
 
 

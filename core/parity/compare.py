@@ -15,6 +15,7 @@ import numpy as np
 from attrs import define, field
 from numpy.typing import NDArray
 
+from mortice.core.counts import counted
 from mortice.core.errors import ConfigError
 from mortice.core.model.operators import Attention, Buffer, KvWrite, Operator
 from mortice.core.model.program import Program
@@ -87,7 +88,7 @@ def compare(
 
 def _require_room(token_ids: Sequence[int], *pipelines: Pipeline) -> None:
     if len(token_ids) < _LEAST_TOKENS:
-        raise ConfigError(f"parity: found {len(token_ids)} tokens, wanted at least {_LEAST_TOKENS}")
+        raise ConfigError(f"parity: found {counted(len(token_ids), 'token')}, wanted at least {_LEAST_TOKENS}")
     for pipeline in pipelines:
         wanted = len(token_ids) + SPARE_CONTEXT
         if pipeline.settings.context_length < wanted:

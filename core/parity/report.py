@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
-from mortice.core.errors import ConfigError, ExecutionError
+from mortice.core.errors import ConfigError
 from mortice.core.parity.measures import TOP
 from mortice.core.parity.results import MODES, Comparison, ParityReport
 from mortice.core.version import __version__
+from mortice.core.whole_file import written_beside
 
 __all__ = ["Cell", "as_dict", "distribution_rows", "grid", "kind_rows", "load_matplotlib", "summary", "write_picture"]
 
@@ -211,7 +212,7 @@ def load_matplotlib() -> Any:
 
 
 def write_picture(report: ParityReport, path: Path) -> None:
-    """Draw `grid` into a PNG file: a row for each layer, a column for each kind.
+    """Draw `grid` into a PNG file, whole or not at all: a row for each layer, a column for each kind.
 
     Raises:
         ConfigError: when matplotlib is not installed.
@@ -234,7 +235,5 @@ def write_picture(report: ParityReport, path: Path) -> None:
                 weight: Mapping[str, Any] = {} if cell.passed else {"fontweight": "bold"}
                 axes.text(x, y, f"{cell.nmse:.0e}", ha="center", va="center", fontsize=7, **weight)
     figure.colorbar(image, label="0: 1e-14 or less, 1: the limit (log scale)")
-    try:
-        figure.savefig(path, format="png", dpi=120)
-    except OSError as error:
-        raise ExecutionError(f"{path}: cannot be written: {error.strerror or error}") from None
+    with written_beside(path) as part:
+        figure.savefig(part, format="png", dpi=120)

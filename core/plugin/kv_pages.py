@@ -16,6 +16,7 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from attrs import define, field
 
+from mortice.core.counts import counted
 from mortice.core.errors import DoesNotFitError, InputError
 from mortice.core.plugin.interfaces import TokenSequence
 
@@ -144,9 +145,8 @@ class PagePool:
                 del self._idle[page]
                 self._forget(page)
             else:
-                raise DoesNotFitError(
-                    f"all {self.pages} pages of the KV cache are in use; close a sequence or raise executor.kv_tokens"
-                )
+                full = f"the KV cache of {counted(self.pages, 'page')} is full"
+                raise DoesNotFitError(f"{full}; close a sequence or raise executor.kv_tokens")
             self._owners[page] = 1
             return page
 
@@ -292,7 +292,7 @@ class PagedSequence:
 
     def truncate(self, length: int) -> None:
         if not 0 <= length <= self.length:
-            raise InputError(f"cannot truncate a sequence of {self.length} tokens to {length}")
+            raise InputError(f"cannot truncate a sequence of {counted(self.length, 'token')} to {length}")
         del self.tokens[length:], self._contents[length // PAGE_TOKENS :]
         while len(self.pages) > page_count(length):
             self.pool.give_back(self.pages.pop())  # the last first, so that a page is forgotten before those before it
@@ -305,7 +305,9 @@ class PagedSequence:
 
         """
         if self.tokens:
-            raise InputError(f"a sequence of {self.length} tokens cannot take over a prefix, only an empty one can")
+            raise InputError(
+                f"a sequence of {counted(self.length, 'token')} cannot take over a prefix, only an empty one can"
+            )
         self.truncate(0)
         found = self.pool.adopt(token_ids)
         self.pages += (page for page, _ in found)
@@ -386,7 +388,8 @@ class PagedRuntime(ABC, Generic[S]):
         )
         needed += sum(min(count, self.pool.owners(page) - 1) for page, count in written.items())
         if needed > self.pool.free:
+            more = counted(needed, "more page of KV cache is", "more pages of KV cache are")
             raise InputError(
-                f"{needed} more pages of KV cache are needed, {self.pool.free} are free; "
+                f"{more} needed, {counted(self.pool.free, 'is free', 'are free')}; "
                 "close a sequence or raise executor.kv_tokens"
             )

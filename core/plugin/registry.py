@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from attrs import define, evolve, field
 
 from mortice.arch_contracts.schema import Contract
+from mortice.core.counts import counted
 from mortice.core.errors import ConfigError, ModelFileError, MorticeError, PluginError, UnknownArchitectureError
 from mortice.core.model.findings import Finding
 from mortice.core.model.qtypes import QType
@@ -253,7 +254,7 @@ def make_registry(
     registry = _registry(PluginManager.create(policy, tuple(given)), prefer, waking)
     if registry.conflicts:
         first, *others = registry.conflicts
-        more = f" (and {len(others)} more conflicts, which `mortice plugins list` shows)" if others else ""
+        more = f" (and {counted(len(others), 'more conflict')}, which `mortice plugins list` shows)" if others else ""
         raise PluginError(first.message + more)
     return registry
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from attrs import asdict, frozen
@@ -11,6 +11,7 @@ from attrs import asdict, frozen
 from mortice.core.errors import TemplateError
 from mortice.core.model.types import MetadataValue
 from mortice.core.text.template_process import TemplateLimits, TemplateProcess
+from mortice.core.text.template_variables import check_variables, map_texts, texts_of, unused_variables
 from mortice.core.text.tokenizer import Tokenizer
 
 __all__ = ["ROLES", "ChatTemplate", "Message", "encode_chat"]
@@ -104,10 +105,11 @@ class ChatTemplate:
             variables: more that the template may ask for, such as ``enable_thinking``; JSON values.
 
         Raises:
-            TemplateError: a role is not one of `ROLES`, or the template is broken, raises, or exceeds a limit.
+            TemplateError: a role is not one of `ROLES`, a variable has a name that the template is given anyway or a
+                value that JSON has not, or the template is broken, raises, or exceeds a limit.
 
         """
-        _check(messages)
+        _check(messages, variables)
         return self._process.render(
             {
                 "tools": None,
@@ -119,37 +121,58 @@ class ChatTemplate:
             }
         )
 
+    def unused(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` that stand nowhere in the template: variables of such names change nothing."""
+        return unused_variables(names, self.source)
+
     def close(self) -> None:
         """End the sandbox's process. Calling twice is fine."""
         self._process.close()
 
 
-def encode_chat(tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message]) -> list[int]:
+def encode_chat(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    *,
+    variables: Mapping[str, Any] | None = None,
+) -> list[int]:
     """Token ids of a conversation, up to the opening of the assistant's turn.
 
-    Control tokens are read only where the template writes them. The text of one inside a message is plain text, so
-    that nobody who supplies a message can end a turn or speak as another.
+    Control tokens are read only where the template writes them. The text of one inside a message or a variable is
+    plain text, so that nobody who supplies one can end a turn or speak as another.
 
     Args:
         tokenizer: the model's.
         template: the model's.
         messages: the turns so far, at least one.
+        variables: see `ChatTemplate.render`.
 
     Raises:
         TemplateError: see `ChatTemplate.render`.
         TokenizerError: see `Tokenizer.encode`.
 
     """
-    _check(messages)
-    shielded, literals = _shield(messages, tokenizer.control_texts(), template.source)
-    ids = tokenizer.encode(template.render(shielded), add_special=False, literals=literals or None)
+    _check(messages, variables)
+    given = dict(variables or {})
+    texts = [*(message.content for message in messages), *texts_of(list(given.values()))]
+    shielded, literals = _shield(texts, tokenizer.control_texts(), template.source)
+    rest = iter(shielded)
+    turns = [Message(role=message.role, content=next(rest)) for message in messages]
+    values = map_texts(list(given.values()), lambda _: next(rest))
+    rendered = template.render(turns, variables=dict(zip(given, values, strict=True)))
+    ids = tokenizer.encode(rendered, add_special=False, literals=literals or None)
     bos = tokenizer.bos_id
     if tokenizer.add_bos and bos is not None and ids[:1] != [bos]:
         ids.insert(0, bos)
     return ids
 
 
-def _check(messages: Sequence[Message]) -> None:
+def _check(messages: Sequence[Message], variables: Mapping[str, Any] | None) -> None:
+    try:
+        check_variables({} if variables is None else variables)
+    except (TypeError, ValueError) as error:
+        raise TemplateError(f"variables: {error}") from None
     if not messages:
         raise TemplateError("messages: none, wanted at least one")
     for i, message in enumerate(messages):
@@ -159,13 +182,13 @@ def _check(messages: Sequence[Message]) -> None:
             raise TemplateError(f"messages[{i}].content: {type(message.content).__name__} found, wanted a string")
 
 
-def _shield(messages: Sequence[Message], control: frozenset[str], source: str) -> tuple[list[Message], dict[int, str]]:
+def _shield(texts: Sequence[str], control: frozenset[str], source: str) -> tuple[list[str], dict[int, str]]:
     """Put one private-use character in the place of each control text in the contents.
 
-    Returns the messages to render, and what each such character stands for. Content that ends in the beginning of a
-    control text is treated alike, so that what the template or the next message adds cannot complete it.
+    Returns the texts to render, and what each such character stands for. A text that ends in the beginning of a
+    control text is treated alike, so that what the template or the next text adds cannot complete it.
     """
-    contents = [message.content for message in messages]
+    contents = list(texts)
     joined = "".join(contents)
     used = set(joined) | set(source)
     spare = (code for code in _PRIVATE_USE if chr(code) not in used)
@@ -189,7 +212,4 @@ def _shield(messages: Sequence[Message], control: frozenset[str], source: str) -
             if body[end:] in beginnings:
                 contents[i] = content[:end] + stand_in(body[end:]) + content[len(body) :]
                 break
-    shielded = [
-        Message(role=message.role, content=content) for message, content in zip(messages, contents, strict=True)
-    ]
-    return shielded, {ord(char): text for text, char in char_of.items()}
+    return contents, {ord(char): text for text, char in char_of.items()}

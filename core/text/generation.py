@@ -9,6 +9,7 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
+from mortice.core.counts import counted
 from mortice.core.errors import ConfigError, TokenizerError
 from mortice.core.text.params import GenerationParams, SamplingParams
 from mortice.core.text.sampling import Sampled, Sampler
@@ -153,7 +154,9 @@ def stream_pieces(
             raise TokenizerError(f"prompt: token id {token} is outside the vocabulary of {tokenizer.vocab_size} tokens")
     room = context_length - len(prompt_ids)
     if room < 1:
-        raise ConfigError(f"prompt: found {len(prompt_ids)} tokens, wanted fewer than the context's {context_length}")
+        raise ConfigError(
+            f"prompt: found {counted(len(prompt_ids), 'token')}, wanted fewer than the context's {context_length}"
+        )
     return _pieces(
         choose,
         prompt_ids,

@@ -14,6 +14,7 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
+from mortice.core.counts import counted
 from mortice.core.errors import TokenizerError
 from mortice.core.model.types import MetadataValue, ModelFile
 from mortice.core.text.pretokenizers import PreTokenizer, pre_tokenizer
@@ -209,7 +210,7 @@ class _Reader:
             found = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
             raise TokenizerError(f"{PREFIX}{name}: {found} found, wanted an array of numbers")
         if len(value) != wanted:
-            raise TokenizerError(f"{PREFIX}{name}: {len(value)} entries for {wanted} tokens")
+            raise TokenizerError(f"{PREFIX}{name}: {counted(len(value), 'entry', 'entries')} for {wanted} tokens")
         return value
 
     def boolean(self, name: str, *, default: bool) -> bool:

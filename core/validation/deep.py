@@ -16,6 +16,7 @@ import numpy as np
 from attrs import define, field, frozen
 from numpy.typing import NDArray
 
+from mortice.core.counts import counted
 from mortice.core.model.findings import Finding, Severity
 from mortice.core.model.types import ModelFile, TensorView
 from mortice.core.plugin.registry import Registry
@@ -159,7 +160,7 @@ def _of_tensor(tensor: TensorView, tally: _Tally) -> Iterator[Finding]:
 
 def _where(rows: Mapping[int, object] | set[int] | list[int], tensor: TensorView) -> str:
     count, first = len(rows), min(rows)
-    of = f"{count} of {tensor.rows} row" + ("s" if tensor.rows > 1 else "")
+    of = f"{count} of {counted(tensor.rows, 'row')}"
     return f"{of}, the first is row {first}:" if tensor.rows > 1 else f"{of}:"
 
 

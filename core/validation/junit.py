@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from xml.etree import ElementTree as ET
 
+from mortice.core.counts import counted
 from mortice.core.model.findings import Finding, join_layers
 from mortice.core.validation.results import ModelResult
 from mortice.core.validation.rules import STEPS, step_of
@@ -49,7 +50,7 @@ def _case(result: ModelResult, step: str, findings: Sequence[Finding], *, strict
     failing = [finding for finding in findings if finding.severity == "error" or (strict and _warns(finding))]
     if failing:
         tag = "error" if step == "opens" else "failure"
-        count = f"{len(failing)} finding" + ("s" if len(failing) > 1 else "")
+        count = counted(len(failing), "finding")
         failure = ET.SubElement(case, tag, type=_clean(failing[0].rule), message=_clean(f"{count}; {failing[0]}"))
         failure.text = _lines(failing)
     elif not findings and (reason := _not_reached(result, step)):

@@ -147,7 +147,7 @@ def test_show_tells_what_each_thing_is(plugins: Run, installed: Callable[[str], 
     assert code == 0
     assert "acme-for-commands 1.0" in out
     assert "acme_for_commands.py" in out
-    assert "id 1900, 1 elements in 4 bytes, 32.00 bits a weight, reference only" in out
+    assert "id 1900, 1 element in 4 bytes, 32.00 bits a weight, reference only" in out
     details = json.loads(plugins("show", "qtypes", "--json")[1])["details"]
     assert "CUDA header" in details["qtypes"]["Q4_K"]
 

@@ -441,7 +441,7 @@ def test_bench_takes_a_shape_and_a_recipe(capsys: pytest.CaptureFixture[str]) ->
     assert main(command) == 0
     captured = capsys.readouterr()
     assert [line["model"] for line in csv.DictReader(io.StringIO(captured.out))] == ["SmolLM2-135M:Q8_0"]
-    assert "decoding of 1 tokens at depth 0 measured" in captured.err
+    assert "decoding of 1 token at depth 0 measured" in captured.err
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,15 @@ FLOORS = (  # from the ground up
     Floor("contracts", ("arch_contracts/*",), "data about model families; readable and checkable on its own"),
     Floor(
         "basics",
-        ("core/version.py", "core/errors.py", "core/text_file.py", "core/file_hash.py", "core/model/qtypes.py"),
+        (
+            "core/version.py",
+            "core/errors.py",
+            "core/text_file.py",
+            "core/counts.py",
+            "core/whole_file.py",
+            "core/file_hash.py",
+            "core/model/qtypes.py",
+        ),
         "every floor raises errors and names types",
     ),
     Floor(

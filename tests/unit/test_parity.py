@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 
 from mortice.core.cli.main import main
 from mortice.core.config import ExecutorConfig, ModelConfig, RunConfig
-from mortice.core.errors import ConfigError, InputError
+from mortice.core.errors import ConfigError, ExecutionError, InputError
 from mortice.core.model import operators as op
 from mortice.core.model.operators import Buffer
 from mortice.core.model.residency import BoundModel
@@ -392,6 +394,23 @@ def test_the_picture_has_a_row_for_each_layer_and_a_column_for_each_kind(
     assert drawn["imshow"][0].shape == (len(rows), len(kinds))
     assert drawn["set_yticks"][1] == ["0", "1", "2", "outside"]
     assert (tmp_path / "heat.png").read_bytes() == b"picture"
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one_alone(
+    faulty: ParityReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(_Figure):
+        def savefig(self, path: Path, **options: Any) -> None:
+            super().savefig(path, **options)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(parity_report, "load_matplotlib", lambda: type("module", (), {"Figure": Full}))
+    picture = tmp_path / "heat.png"
+    picture.write_bytes(b"mine")
+    with pytest.raises(ExecutionError, match=r"heat\.png: cannot be written: No space left on device"):
+        write_picture(faulty, picture)
+    assert picture.read_bytes() == b"mine"
+    assert [found.name for found in tmp_path.iterdir()] == ["heat.png"]
 
 
 # the command

@@ -387,7 +387,7 @@ def test_fit_counts_the_whole_cache_and_says_what_would_fit(model: Path) -> None
 
 
 def test_more_tokens_than_the_cache_holds_are_refused_and_the_others_go_on(model: Path) -> None:
-    said = r"2 more pages of KV cache are needed, 1 are free.*executor\.kv_tokens"
+    said = r"2 more pages of KV cache are needed, 1 is free.*executor\.kv_tokens"
     with opened(model, kv_tokens=256) as pipe, pipe.session() as first, pipe.session() as second:
         first.feed([1] * 190)
         with pytest.raises(InputError, match=said):

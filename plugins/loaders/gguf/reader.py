@@ -9,6 +9,7 @@ from typing import Any
 
 from attrs import define
 
+from mortice.core.counts import counted
 from mortice.core.errors import ModelFileError
 from mortice.plugins.loaders.gguf.format import MAX_HEADER_BYTES
 
@@ -74,8 +75,10 @@ class Reader:
             missing = nbytes - max(left, 0)
             # a length that no header has is a broken file, not a download cut short
             cut = nbytes < MAX_HEADER_BYTES
-            hint = f"; at least {missing} bytes are missing (an interrupted download?)" if cut else ""
-            return self.error(f"file is truncated: {what} takes {nbytes} bytes, {max(left, 0)} are left{hint}", offset)
+            lost = counted(missing, "byte is", "bytes are")
+            hint = f"; at least {lost} missing (an interrupted download?)" if cut else ""
+            there = counted(max(left, 0), "is left", "are left")
+            return self.error(f"file is truncated: {what} takes {counted(nbytes, 'byte')}, {there}{hint}", offset)
         return self.error(f"{what} takes {nbytes} bytes; a header may have {MAX_HEADER_BYTES} bytes in all", offset)
 
     def take(self, nbytes: int, what: str) -> int:

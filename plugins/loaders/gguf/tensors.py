@@ -8,6 +8,7 @@ from operator import attrgetter
 
 from attrs import frozen
 
+from mortice.core.counts import counted
 from mortice.core.errors import ModelFileError
 from mortice.core.model.qtypes import QType
 from mortice.plugins.loaders.gguf.format import INT64_MAX, MAX_DIMENSIONS, MAX_TENSOR_NAME_BYTES
@@ -67,7 +68,7 @@ def read_tensor(reader: Reader, index: int, alignment: int, qtypes: Mapping[int,
         )
     if shape[-1] % qtype.block_elements:
         raise reader.error(
-            f"{label} has rows of {shape[-1]} elements, a multiple of {qtype.name}'s block of "
+            f"{label} has rows of {counted(shape[-1], 'element')}, a multiple of {qtype.name}'s block of "
             f"{qtype.block_elements} was expected",
             info_offset,
         )
@@ -136,8 +137,8 @@ def check_layout(reader: Reader, tensors: Sequence[TensorInfo], alignment: int) 
 
 def _cut_short(reader: Reader, what: str, wanted: int) -> ModelFileError:
     missing = wanted - reader.size
+    lost = counted(missing, "byte is", "bytes are")
     return reader.error(
-        f"file is truncated in {what}: {missing} bytes are missing, {wanted} were expected in all "
-        "(an interrupted download?)",
+        f"file is truncated in {what}: {lost} missing, {wanted} were expected in all (an interrupted download?)",
         reader.size,
     )

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from attrs import field, frozen
 
+from mortice.core.counts import counted
 from mortice.core.errors import ModelFileError
 from mortice.plugins.loaders.safetensors.files import parse_json, quoted
 
@@ -82,14 +83,16 @@ def read_header(path: Path, data: bytes | mmap) -> Header:
         raise ModelFileError(path, "is a pointer of Git LFS, not the weights; `git lfs pull` brings them", 0)
     if size < _PREFIX:
         raise ModelFileError(
-            path, f"file is truncated in the header's length: {_PREFIX - size} bytes are missing", size
+            path,
+            f"file is truncated in the header's length: {_lost(_PREFIX - size)} missing",
+            size,
         )
     (length,) = struct.unpack("<Q", data[:_PREFIX])
     if length > MAX_HEADER_BYTES:
         raise ModelFileError(path, f"a header of {length} bytes, at most {MAX_HEADER_BYTES} are read", 0)
     start = _PREFIX + length
     if start > size:
-        raise ModelFileError(path, f"file is truncated in the header: {start - size} bytes are missing", size)
+        raise ModelFileError(path, f"file is truncated in the header: {_lost(start - size)} missing", size)
     if data[_PREFIX : _PREFIX + 1] != b"{":
         raise ModelFileError(path, "the header does not begin with '{'", _PREFIX)
     try:
@@ -104,6 +107,10 @@ def read_header(path: Path, data: bytes | mmap) -> Header:
     entries.sort(key=lambda entry: entry.start)
     _check_layout(path, entries, start, size)
     return Header(path, tuple(entries))
+
+
+def _lost(nbytes: int) -> str:
+    return counted(nbytes, "byte is", "bytes are")
 
 
 def _check_metadata(path: Path, value: Any) -> None:
@@ -145,19 +152,20 @@ def _check_layout(path: Path, entries: Sequence[Entry], start: int, size: int) -
     before = ""
     for entry in entries:
         if entry.start > at:
-            message = f"a hole of {entry.start - at} bytes before tensor {quoted(entry.name)}"
+            message = f"a hole of {counted(entry.start - at, 'byte')} before tensor {quoted(entry.name)}"
             raise ModelFileError(path, message, at)
         if entry.start < at:
-            message = f"tensors {quoted(before)} and {quoted(entry.name)} overlap by {at - entry.start} bytes"
+            both = f"{quoted(before)} and {quoted(entry.name)}"
+            message = f"tensors {both} overlap by {counted(at - entry.start, 'byte')}"
             raise ModelFileError(path, message, entry.start)
         at, before = entry.start + entry.nbytes, entry.name
     if at > size:
         broken = next(entry for entry in entries if entry.start + entry.nbytes > size)
         raise ModelFileError(
             path,
-            f"file is truncated in the data of tensor {quoted(broken.name)}: {at - size} bytes are missing, "
+            f"file is truncated in the data of tensor {quoted(broken.name)}: {_lost(at - size)} missing, "
             f"{at} were expected in all (an interrupted download?)",
             size,
         )
     if at < size:
-        raise ModelFileError(path, f"{size - at} bytes after the last tensor, none were expected", at)
+        raise ModelFileError(path, f"{counted(size - at, 'byte')} after the last tensor, none were expected", at)

@@ -23,9 +23,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, str]]]:
     conversations: list[list[tuple[str, str]]] = []
     encode = chat_text.encode_chat
 
-    def remember(tokenizer: object, template: object, messages: list[Message]) -> list[int]:
+    def remember(tokenizer: object, template: object, messages: list[Message], **options: object) -> list[int]:
         conversations.append([(message.role, message.content) for message in messages])
-        return encode(tokenizer, template, messages)  # type: ignore[arg-type]
+        return encode(tokenizer, template, messages, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(chat_text, "encode_chat", remember)
     return conversations

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mortice.core.cli.render import Screen, json_text, printable, size_text
-from mortice.core.plugin.events import Event, UploadProgress, WaysMeasured
+from mortice.core.plugin.events import Event, StepDone, UploadProgress, WaysMeasured
 from tests.support.models import smollm2_path
 from tests.unit.cli.conftest import Mortice
 
@@ -70,6 +70,38 @@ def test_a_terminal_sees_a_bar_while_weights_move(
         show(UploadProgress(strategy="host", done_bytes=50 << 20, total_bytes=100 << 20))
     assert observers == []
     assert "50.0/100.0 MiB" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+
+
+def test_a_terminal_sees_how_much_of_a_long_prompt_is_fed_until_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    observers: list[Callable[[Event], None]] = []
+    with Screen().prompt_progress(observers, 2500, 1000):
+        (show,) = observers
+        show(StepDone(tokens=1000, seconds=30.0))
+        show(UploadProgress(strategy="host", done_bytes=1, total_bytes=2))
+        show(StepDone(tokens=1000, seconds=30.0))
+    assert observers == []
+    shown, bar, after = capsys.readouterr().err.rpartition("tokens")
+    assert re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown).endswith("2000/2500 ")
+    assert bar
+    assert "\x1b[2K" in after, "the bar's line is erased"
+
+
+def test_no_bar_is_drawn_for_a_prompt_of_one_step_when_quiet_or_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    observers: list[Callable[[Event], None]] = []
+    monkeypatch.setenv("TERM", "xterm")
+    with Screen().prompt_progress(observers, 9, 8):
+        assert observers == []
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for screen, tokens in ((Screen(), 8), (Screen(quiet=True), 9)):
+        with screen.prompt_progress(observers, tokens, 8):
+            assert observers == []
+    assert capsys.readouterr().err == ""
 
 
 def test_a_person_is_told_what_was_measured_and_where_it_is_kept(capsys: pytest.CaptureFixture[str]) -> None:

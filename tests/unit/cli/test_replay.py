@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -340,6 +341,23 @@ def test_what_is_no_file_is_not_replaced_by_a_record(mortice: Mortice, tiny: Pat
     ran = mortice("run", "-m", tiny, *ASKED, "--record", tmp_path / ("n" * 300))
     assert ran.code == 2
     assert "File name too long" in ran.err
+
+
+def test_a_record_that_cannot_be_written_leaves_the_old_one_alone(
+    mortice: Mortice, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.json"
+    path.write_text("mine")
+
+    def full(self: Path, text: str, **_: object) -> None:
+        self.write_bytes(text[:9].encode())
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    ran = mortice("run", "-m", tiny, *ASKED, "--record", path, "--force", "-q")
+    assert (ran.code, ran.err) == (1, f"mortice: error: {path}: cannot be written: No space left on device\n")
+    assert path.read_text() == "mine"
+    assert [found.name for found in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_a_link_to_a_record_stays_a_link_and_neighbours_stay(mortice: Mortice, tiny: Path, tmp_path: Path) -> None:

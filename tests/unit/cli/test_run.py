@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,9 +34,41 @@ def test_a_person_is_told_what_was_validated_whether_it_fits_and_how_fast_it_was
     assert "\x1b" not in err, "no terminal, no colours"
 
 
+def test_one_token_is_not_called_tokens(mortice: Mortice, tiny: Path, tmp_path: Path) -> None:
+    record = tmp_path / "run.json"
+    told = [
+        mortice("run", tiny, "-p", "h", "-n", 1, "-t", 0, "--executor", "reference", "--record", record).err,
+        mortice("run", tiny, "--jsonl", "-", "-n", 1, "-t", 0, stdin=b'{"prompt": "h"}\n').err,
+        mortice("run", tiny, "-p", "h", "--context", 1).err,
+        mortice("tokenize", tiny, "h").out,
+        mortice("replay", record).out,
+    ]
+    for text, said in zip(told, ("answer 1 token\n", "1 prompt; answers 1 token,", "1 token,", "", ""), strict=True):
+        assert said in text
+        assert not re.search(r"\b1 (tokens|prompts)\b", text)
+
+
 def test_quiet_leaves_standard_error_empty(mortice: Mortice, tiny: Path) -> None:
     ran = mortice("run", "-m", tiny, "-p", "hello", "-n", 2, "--quiet")
     assert (ran.code, ran.err) == (0, "")
+
+
+def test_a_terminal_sees_a_long_prompt_being_fed_and_the_answer_stays_the_same(
+    mortice: Mortice, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("-m", tiny, "-n", 3, "--executor", "reference", "--step-tokens", 5)
+    plain = mortice("run", *asked, "-p", "hello " * 20)
+    assert "/" not in plain.err.rpartition("upload: ")[2].replace("tok/s", ""), "no bar"
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    watched = mortice("run", *asked, "-p", "hello " * 20)
+    assert watched.out == plain.out
+    tokens = re.search(r"prompt ([0-9]+) tokens", plain.err)
+    assert tokens is not None
+    assert f"{tokens[1]}/{tokens[1]}" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", watched.err)
+    talked = mortice("chat", *asked, stdin=b"hello hello hello\n")
+    assert re.search(r"([0-9]+)/\1 tokens", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", talked.err))
+    assert mortice("run", *asked, "-p", "hello " * 20, "--quiet").err == ""
 
 
 def test_json_holds_text_ids_logprobs_and_timings(mortice: Mortice, tiny: Path) -> None:

@@ -48,7 +48,7 @@ def test_rows_that_are_no_whole_blocks_stay_and_a_note_says_so() -> None:
     done, kept = found.notes
     assert (kept.rule, kept.subject) == ("quantize.kept", "b.weight")
     assert kept.found == "rows of 40 elements, stays F32"
-    assert done.found.startswith("1 matrices become Q4_0")
+    assert done.found.startswith("1 matrix becomes Q4_0")
 
 
 def test_a_file_that_is_quantised_already_stays_with_a_warning(tmp_path: Path) -> None:

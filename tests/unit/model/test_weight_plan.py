@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -245,6 +246,33 @@ def test_weights_that_do_not_fit_are_named_as_the_reason() -> None:
 def test_weights_that_just_fit_leave_no_context() -> None:
     with pytest.raises(DoesNotFitError, match="no context fits beside its weights"):
         report_with(PLAN.arena_bytes + 20)()
+
+
+def limited(free_mib: int, limit_mib: int, context: int) -> FitReport:
+    return fit_report(
+        PLAN,
+        device(free_mib << 20),
+        context,
+        kv_bytes=lambda n: max(n, 64) * 10_000,
+        workspace_bytes=lambda n: (9 << 20) + n,
+        available_bytes=limit_mib << 20,
+    )
+
+
+def test_a_limit_that_no_context_fits_says_which_would_do() -> None:
+    advice = "limits.memory_mib would have to be 29, or 10 with a context of 64 tokens (executor.context)"
+    with pytest.raises(DoesNotFitError, match=rf"1\.0 MiB may be used; {re.escape(advice)}$"):
+        limited(100, 1, 2048).require()
+    assert (limited(100, 29, 2048).fits, limited(100, 28, 2048).fits) == (True, False)
+    assert (limited(100, 10, 64).fits, limited(100, 9, 64).fits) == (True, False)
+    assert limited(100, 29, 2048).advice == ""
+
+
+def test_no_limit_is_advised_that_is_beyond_the_device_or_the_same_twice() -> None:
+    shortest = "limits.memory_mib would have to be 10 with a context of 64 tokens (executor.context)"
+    assert limited(20, 1, 2048).advice == shortest
+    assert limited(100, 1, 32).advice == "limits.memory_mib would have to be 10"
+    assert limited(9, 1, 2048).advice.startswith("no context fits beside its weights")
 
 
 def test_a_limit_below_the_free_memory_counts() -> None:

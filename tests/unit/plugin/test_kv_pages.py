@@ -53,7 +53,7 @@ def test_a_copy_for_which_there_is_no_page_is_refused_before_anything_is_written
     runtime = pages(4)
     parent = fed(runtime, PROMPT)
     child = runtime.fork(parent)
-    with pytest.raises(InputError, match="1 more pages of KV cache are needed, 0 are free"):
+    with pytest.raises(InputError, match="1 more page of KV cache is needed, 0 are free"):
         runtime.feed((child, [1]))
     is_whole(runtime, child, PROMPT)
     parent.close()
@@ -186,7 +186,7 @@ def test_equal_hashes_of_other_tokens_are_no_match() -> None:
 def test_only_an_empty_sequence_takes_over_a_prefix() -> None:
     runtime = pages(4)
     sequence = fed(runtime, [1])
-    with pytest.raises(InputError, match="a sequence of 1 tokens cannot take over a prefix"):
+    with pytest.raises(InputError, match="a sequence of 1 token cannot take over a prefix"):
         runtime.adopt_prefix(sequence, PROMPT)
 
 
@@ -233,7 +233,9 @@ def test_too_many_tokens_are_refused() -> None:
     sequence = PagedSequence(runtime.pool, 5, runtime.copy_page)
     with pytest.raises(InputError, match="6 tokens do not fit the context of 5"):
         sequence.reserve(6)
-    with pytest.raises(DoesNotFitError, match=r"all 2 pages .*close a sequence or raise executor\.kv_tokens"):
+    with pytest.raises(
+        DoesNotFitError, match=r"the KV cache of 2 pages is full; close a sequence or raise executor\.kv_tokens"
+    ):
         runtime.new_sequence().reserve(2 * T + 1)
 
 

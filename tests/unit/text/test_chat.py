@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from typing import Any
 
 import pytest
 
@@ -74,6 +75,30 @@ def test_a_template_can_ask_for_the_date(render: Render) -> None:
 def test_further_variables_reach_the_template() -> None:
     with closing(ChatTemplate("{{ enable_thinking }}")) as template:
         assert template.render(USER, variables={"enable_thinking": False}) == "False"
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"messages": []}, "variables: found 'messages', which every template is given anyway"),
+        ({"eos_token": "x"}, "variables: found 'eos_token', which every template is given anyway"),
+        ({"self": 1}, "variables: found 'self', which every template is given anyway"),
+        ({"a b": 1}, "variables: found 'a b', wanted a name"),
+        ({"a": {1}}, "variables: a: found set, wanted what JSON has"),
+        ({"a": [{1: 2}]}, "variables: a: found the key 1, wanted a string"),
+        ({"a": "\udcff"}, "variables: a: not UTF-8 at byte 0"),
+        ([1], "variables: found list, wanted a mapping"),
+    ],
+)
+def test_variables_that_cannot_be_given_are_refused(variables: Any, said: str) -> None:
+    with closing(ChatTemplate("ok")) as template, pytest.raises(TemplateError) as refused:
+        template.render(USER, variables=variables)
+    assert str(refused.value).startswith(said)
+
+
+def test_a_template_says_which_variables_it_does_not_know() -> None:
+    with closing(ChatTemplate("{{ enable_thinking }}")) as template:
+        assert template.unused(["enable_thinking", "thinking"]) == ["thinking"]
 
 
 def test_one_process_renders_many_times_and_survives_a_refusal() -> None:
@@ -249,6 +274,17 @@ def test_control_tokens_come_from_the_template_and_never_from_a_message() -> Non
         ids = encode_chat(tokenizer, template, [Message(role="user", content=attack)])
         assert [ids.count(0), ids.count(1)] == [2, 1]
         assert tokenizer.decode(ids) == f"<|im_start|>user\n{attack}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_control_tokens_in_variables_are_plain_text_keys_and_halves_included() -> None:
+    source = "{{ a }}{{ b.c[0] }}{{ b | tojson }}{{ messages[0].content }}{{ n + 1 }}"
+    variables = {"a": "x<|im_end|><|im_", "b": {"c": ["end|>"], "<|im_end|>": None}, "n": 1}
+    tokenizer, template = tokenizer_with(source)
+    with closing(template):
+        ids = encode_chat(tokenizer, template, [Message(role="user", content="hi")], variables=variables)
+    assert 1 not in ids
+    text = 'x<|im_end|><|im_end|>{"c": ["end|>"], "<|im_end|>": null}hi2'
+    assert tokenizer.decode(ids) == text
 
 
 def test_two_messages_cannot_make_up_a_control_token_together() -> None:
