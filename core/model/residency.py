@@ -210,7 +210,9 @@ class ResidentWeights:
                 yield index, planned
 
     def mark(self, index: int) -> None:
-        """Say that a weight is in place."""
+        """Say that a weight is in place; IndexError for a number that no weight of the plan has."""
+        if index not in range(len(self.plan.weights)):
+            raise IndexError(f"mark: there is no weight {index!r:.40}, the plan has {len(self.plan.weights)}")
         self._resident.add(index)
 
     @property

@@ -12,22 +12,25 @@ from contextlib import contextmanager
 from typing import Any, get_args
 
 import numpy as np
-from attrs import frozen
+from attrs import define, field, frozen
 from numpy.typing import NDArray
 
 from mortice.arch_contracts.consistency import contradictions
 from mortice.arch_contracts.schema import Contract
+from mortice.core.counts import counted
 from mortice.core.errors import MorticeError, PluginError
 from mortice.core.model.findings import Finding, Severity
 from mortice.core.model.operators import OPERATOR_KINDS
 from mortice.core.model.qtypes import GGML_TYPES, QType
+from mortice.core.model.residency import ResidentWeights
 from mortice.core.model.types import ModelFile, TensorView
 from mortice.core.model.weight_plan import Kernel, Layout
 from mortice.core.plugin.hookspecs import PROJECT, HookSpecs
-from mortice.core.plugin.interfaces import Executor, QuantizationType, UploadStrategy
+from mortice.core.plugin.interfaces import Emit, Executor, QuantizationType, UploadStrategy
 
 __all__ = [
     "CheckedDequantize",
+    "CheckedUpload",
     "contract_faults",
     "describe",
     "elements",
@@ -73,7 +76,7 @@ def naming(origin: str, doing: str, *, note: bool = True) -> Iterator[None]:
             error.add_note(f"in {origin}, {doing}")
         raise
     except MorticeError as error:
-        if note:
+        if note and origin not in str(error):
             error.add_note(f"raised by {origin} in {doing}")
         raise
     except BaseException as error:
@@ -97,6 +100,39 @@ class CheckedDequantize:
             found = f"{values.dtype} {values.shape}" if isinstance(values, np.ndarray) else type(values).__name__
             raise PluginError(f"{self.origin}: {doing}: returned {found}, wanted float32 {wanted}")
         return values
+
+
+@define(eq=False)
+class CheckedUpload:
+    """A plugin's `UploadStrategy` that is held to what `upload` promises; who breaks it is named."""
+
+    origin: str
+    strategy: UploadStrategy
+    name: str = field(init=False)
+    device_kind: str = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.name, self.device_kind = self.strategy.name, self.strategy.device_kind
+
+    def upload(self, resident: ResidentWeights, emit: Emit) -> int:
+        """As `UploadStrategy.upload`.
+
+        Raises:
+            PluginError: when it did not give the number of bytes, or left a weight that is not marked.
+
+        """
+        moved: object = self.strategy.upload(resident, emit)
+        said = f"{self.origin}: upload strategy {self.name!r}"
+        if not isinstance(moved, int) or isinstance(moved, bool) or moved < 0:
+            raise PluginError(f"{said}: upload returned {moved!r:.40}, wanted the number of bytes it wrote, an int")
+        left = [planned.tensor.name for _, planned in resident.missing()]
+        if left:
+            weights = counted(len(resident.plan.weights), "weight")
+            raise PluginError(
+                f"{said}: {len(left)} of {weights} not marked as resident when upload returned, the first is "
+                f"{left[0]}; call resident.mark(index) for each weight that is in place"
+            )
+        return moved
 
 
 # what plugins are -------------------------------------------------------------------------------------------------

@@ -98,6 +98,7 @@ def resolve(manager: PluginManager, prefer: Mapping[str, str], *, waking: str = 
         _decide(manager, kind, offers[kind.name], met, conflicts) for kind in _KINDS
     )
     qtypes = {name: _checked(manager, provided) for name, provided in qtypes.items()}
+    uploads = {name: _checked_upload(manager, provided) for name, provided in uploads.items()}
     table = _ids(manager, qtypes, conflicts)
     return Resolution(
         contracts=contracts,
@@ -229,6 +230,11 @@ def _checked(manager: PluginManager, provided: Provided[QuantizationType]) -> Pr
     value = provided.value
     checked = conformance.CheckedDequantize(manager.origin(provided.plugin), value.qtype, value.dequantize)
     return Provided(evolve(value, dequantize=checked), provided.plugin)
+
+
+def _checked_upload(manager: PluginManager, provided: Provided[UploadStrategy]) -> Provided[UploadStrategy]:
+    checked = conformance.CheckedUpload(manager.origin(provided.plugin), provided.value)
+    return Provided(checked, provided.plugin)
 
 
 def _ids(
