@@ -13,6 +13,7 @@ from mortice.core.plugin.hookspecs import CONTRACT_VERSION
 from mortice.core.plugin.registry import Registry
 from mortice.core.testing.contract_suite import ContractSuite
 from mortice.core.testing.executor_suite import ExecutorSuite
+from mortice.core.testing.hook_suite import FindingsSuite, KernelsSuite, ObserverSuite
 from mortice.core.testing.loader_suite import LoaderSuite
 from mortice.core.testing.qtype_suite import QTypeSuite
 from mortice.core.testing.suite import Suite, require, skip
@@ -74,7 +75,8 @@ def suites_of(registry: Registry, name: str, sample: Path | None = None) -> Iter
         return [thing for _, things in manager.call(hook, only=name) for thing in things or ()]
 
     yield "plugin", PluginSuite.of(plugin=plugin, builtin=manager.records[name].source == "builtin")
-    for contract in given("mortice_arch_contracts"):
+    contracts = given("mortice_arch_contracts")
+    for contract in contracts:
         yield f"contract {contract.name}", ContractSuite.of(contract=contract)
     qtypes = given("mortice_qtypes")
     for type_ in qtypes:
@@ -86,3 +88,9 @@ def suites_of(registry: Registry, name: str, sample: Path | None = None) -> Iter
         yield f"executor {executor.name}", ExecutorSuite.of(executor=executor, uploads=uploads)
     if manager.has(name, "mortice_open_model"):
         yield f"loader {name}", LoaderSuite.of(plugin=plugin, sample_path=sample, qtypes=qtypes)
+    if manager.has(name, "mortice_validate"):
+        yield "hook mortice_validate", FindingsSuite.of(plugin=plugin, name=name, contracts=contracts)
+    if manager.has(name, "mortice_kernels"):
+        yield "hook mortice_kernels", KernelsSuite.of(plugin=plugin, name=name)
+    if manager.has(name, "mortice_on_event"):
+        yield "hook mortice_on_event", ObserverSuite.of(plugin=plugin, name=name)

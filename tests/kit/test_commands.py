@@ -276,6 +276,29 @@ def test_a_sample_may_have_tensors_of_a_type_that_the_plugin_gives(
     assert found["a good file opens"] == found["views are the bytes of the file"] == "passed"
 
 
+HOOKS = """
+from mortice.core.plugin.hookspecs import hookimpl
+mortice_contract_version = 1
+@hookimpl
+def mortice_validate(model, contract):
+    return 'abc'
+@hookimpl
+def mortice_on_event(event):
+    raise RuntimeError("out of anvils")
+"""
+
+
+def test_the_hooks_that_every_run_calls_are_checked(plugins: Run, installed: Callable[[str], str]) -> None:
+    installed(HOOKS)
+    code, out, _ = plugins("check", "acme")
+    assert code == 2
+    failed = "\n".join(line for line in out.splitlines() if line.startswith("failed: "))
+    assert "failed: hook mortice_validate: it gives findings for models of every family" in failed
+    assert "mortice_validate: returned str, wanted Iterable[Finding]" in failed
+    assert "failed: hook mortice_on_event: it takes every event of a run: ModelOpened: " in failed
+    assert "mortice_on_event: RuntimeError: out of anvils" in failed
+
+
 # new --------------------------------------------------------------------------------------------------------------
 
 
