@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,29 @@ def test_bits_without_effect_are_reported() -> None:
 )
 def test_a_wrong_way_back_is_reported(quantize: Callable[[Values], Bytes], check: str) -> None:
     assert check in fault(evolve(Q8_0, quantize=quantize, traits=None, planes=None), check)
+
+
+def test_the_example_of_one_bit_keeps_the_bound_it_states_and_not_the_common_one() -> None:
+    path = Path(__file__).parents[2] / "docs" / "examples" / "mortice-q1" / "mortice_q1" / "plugin.py"
+    type_ = runpy.run_path(str(path))["mortice_qtypes"]()[0]
+    assert fault(type_, "quantise is the way back") == {}
+    common = fault(evolve(type_, largest_error=0.5), "quantise is the way back")["quantise is the way back"]
+    assert common == "normal random values are 0.59 off after rounding, wanted at most 0.5, the type's largest_error"
+
+
+@pytest.mark.parametrize("bound", [0.0, 1.0, -0.1, float("nan")])
+def test_a_bound_that_everything_or_nothing_keeps_is_refused(bound: float) -> None:
+    with pytest.raises(ValueError, match=r"'largest_error' must be [<>] [01]\.0"):
+        evolve(Q8_0, largest_error=bound)
+
+
+def test_a_reference_that_cannot_take_no_rows_is_told_so() -> None:
+    def dequantize(rows: Bytes) -> Values:
+        return Q8_0.dequantize(rows) * np.float32(rows.max() > 0)
+
+    found = fault(evolve(Q8_0, dequantize=dequantize), "dequantise gives finite float32 of the right shape")
+    said = found["dequantise gives finite float32 of the right shape"]
+    assert said.startswith("0 rows, uint8 of shape (0, 204): ValueError: zero-size array")
 
 
 def test_a_name_of_ggml_for_something_else_is_reported() -> None:

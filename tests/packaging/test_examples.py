@@ -56,3 +56,10 @@ def test_its_own_tests_pass(package: str, python: Path, tmp_path: Path) -> None:
     print(said)
     assert " passed" in said
     assert "failed" not in said
+
+
+@pytest.mark.parametrize("plugin", ["fused", "postnorm", "q1"])
+def test_it_passes_the_check_of_the_command_line(plugin: str, python: Path, tmp_path: Path) -> None:
+    said = run([python.parent / "mortice", "plugins", "check", plugin], cwd=tmp_path)
+    assert f"{plugin}: " in said
+    assert " 0 failed" in said
