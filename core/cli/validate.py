@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
@@ -89,9 +90,13 @@ def validate(
     for result in chain([nothing] * (1 + len(paths) - len(given)), found):
         results.append(result)
         _show(screen, result, strict=strict)
+        if output.debug and result.error is not None:
+            traceback.print_exception(result.error)
     failed = sum(not result.passed(strict=strict) for result in results)
+    unknown = sum(result.plugin_failed for result in results)
     if len(results) > 1:
-        screen.say(f"{len(results)} models, {failed or 'none'} refused")
+        others = f", {unknown} not validated" if unknown else ""
+        screen.say(f"{len(results)} models, {failed - unknown or 'none'} refused{others}")
     _print(form, results, strict=strict)
     return _REFUSED if failed else 0
 
@@ -100,8 +105,8 @@ def _show(screen: Screen, result: ModelResult, *, strict: bool) -> None:
     """One model for a person: a line that says how it went, and what was found."""
     path = printable(str(result.path))
     if result.error is not None:
-        screen.say(f"{path}: refused")
-        for line in str(result.error).splitlines():
+        screen.say(f"{path}: " + ("not validated, a plugin is at fault" if result.plugin_failed else "refused"))
+        for line in result.error_message.splitlines():
             screen.say(f"  {printable(line)}")
     else:
         state = "valid" if result.findings.ok else "not valid"

@@ -50,6 +50,16 @@ class ModelResult:
         """Whether nothing stands against it; `strict` counts warnings."""
         return self.error is None and self.findings.ok and not (strict and self.findings.warnings)
 
+    @property
+    def plugin_failed(self) -> bool:
+        """Whether a plugin's fault kept it from being validated: nothing is known against the model itself."""
+        return isinstance(self.error, PluginError)
+
+    @property
+    def error_message(self) -> str:
+        """What `error` says, and in the lines after it which plugin it came from."""
+        return "\n".join([str(self.error), *getattr(self.error, "__notes__", ())])
+
     def everything(self) -> tuple[Finding, ...]:
         """The findings, and as one of them what kept the model from being validated."""
         return self.findings.items if self.error is None else (_as_finding(self.path, self.error), *self.findings.items)
@@ -61,7 +71,7 @@ class ModelResult:
             "path": self.path,
             "files": list(self.files),
             "ok": self.passed(),
-            "error": None if error is None else {"type": type(error).__name__, "message": str(error)},
+            "error": None if error is None else {"type": type(error).__name__, "message": self.error_message},
             "contract": self.contract,
             "findings": [finding.as_dict() for finding in self.findings.items],
             "template": self.template,

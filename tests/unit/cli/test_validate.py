@@ -13,6 +13,8 @@ import pytest
 
 from mortice.core import stages
 from mortice.core.cli.validate import validate
+from mortice.core.errors import ConfigError
+from mortice.core.model.types import ModelFile
 from mortice.core.plugin.registry import make_registry
 from mortice.core.testing.gguf_files import TensorData
 from mortice.core.testing.tiny_models import write_tiny_model
@@ -215,6 +217,45 @@ def test_a_plugin_that_fails_is_named_in_one_line_with_exit_code_2(
         f"  plugin acme (given): {hook}: RuntimeError: boo"
     ]
     assert "Traceback" not in ran.out + ran.err
+    assert ran.out.splitlines()[0] == f"{tiny}: not validated, a plugin is at fault"
+
+
+def test_the_traceback_of_a_plugins_fault_is_shown_with_debug(
+    mortice: Mortice, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = registry_with({"acme": plugin_of(mortice_validate=fail_to_validate)})
+    monkeypatch.setattr(stages, "registry_for", lambda _: registry)
+    ran = mortice("validate", tiny, "--debug")
+    assert ran.code == 2
+    assert "in fail_to_validate\n" in ran.err
+    assert "in fail_to_validate\n" in mortice("validate", tiny, "--debug", "--json").err
+
+
+def test_a_plugins_fault_is_not_counted_as_a_refused_model(
+    mortice: Mortice, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only_for_qwen3(model: ModelFile) -> object:
+        return "abc" if model.architecture == "qwen3" else []
+
+    registry = registry_with({"acme": plugin_of(mortice_validate=only_for_qwen3)})
+    monkeypatch.setattr(stages, "registry_for", lambda _: registry)
+    other = write_tiny_model(tmp_path / "qwen3.gguf", CONTRACTS["qwen3"])
+    ran = mortice("validate", tiny, other, tmp_path / "none.gguf")
+    assert ran.code == 2
+    assert ran.out.splitlines()[-1] == "3 models, 1 refused, 1 not validated"
+
+
+def test_an_error_of_ours_that_a_plugin_raises_names_the_plugin(
+    mortice: Mortice, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def validate_with(model: ModelFile) -> object:
+        raise ConfigError("acme.rules: no such file")
+
+    registry = registry_with({"acme": plugin_of(mortice_validate=validate_with)})
+    monkeypatch.setattr(stages, "registry_for", lambda _: registry)
+    lines = ["acme.rules: no such file", "raised by plugin acme (given) in mortice_validate"]
+    assert mortice("validate", tiny).out.splitlines()[1:3] == [f"  {line}" for line in lines]
+    assert mortice("validate", tiny, "--json").json[0]["error"]["message"].splitlines() == lines
 
 
 # the hook of pre-commit ------------------------------------------------------------------------------------------
