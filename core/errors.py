@@ -15,7 +15,9 @@
     │   └── TemplateError          a chat template that is missing, broken or hostile
     ├── PluginError                a plugin failed; its name is in the message    exit code 2
     ├── DeviceError                driver, runtime compiler or card               exit code 2
-    └── ExecutionError             a run that had begun failed                    exit code 1
+    └── ExecutionError             work that had begun failed: a step, a write    exit code 1
+
+Anything else that is raised is a fault in mortice, or in a plugin where nobody could name it: exit code 1.
 """
 
 from __future__ import annotations
@@ -115,4 +117,4 @@ class DeviceError(MorticeError):
 
 
 class ExecutionError(MorticeError):
-    """A run that had begun failed."""
+    """Work that had begun failed: a step of a run, or a file that the system would not let be written."""

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 
 from attrs import asdict, frozen
 
-from mortice.core.errors import ConfigError
+from mortice.core.errors import ConfigError, ExecutionError
 from mortice.core.plugin.hookspecs import CONTRACT_VERSION
 from mortice.core.plugin.manager import BUILTIN_PLUGINS, builtin_name
 from mortice.core.plugin.registry import Registry, survey
@@ -139,8 +139,9 @@ def write_package(name: str, kind: str, folder: Path) -> Path:
         The new folder.
 
     Raises:
-        ConfigError: for a bad name or kind, when an installed plugin gives the same, when the folder exists already,
-            or when it cannot be written. Nothing is left of what was begun.
+        ConfigError: for a bad name or kind, when an installed plugin gives the same, when the new folder is there
+            already, or when `folder` is no folder.
+        ExecutionError: when it cannot be written. Nothing is left of what was begun.
 
     """
     if kind not in KINDS:
@@ -152,6 +153,8 @@ def write_package(name: str, kind: str, folder: Path) -> Path:
     part = folder / f".{name}.{os.getpid()}.part"
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{target}: is there already, and is not overwritten")
+    if not _may_be_folder(folder):
+        raise ConfigError(f"{target}: cannot be written: {folder} is no folder")
     _refuse_what_is_given(names, kind, survey())
     try:
         for path, text in _files(names, kind):
@@ -160,10 +163,16 @@ def write_package(name: str, kind: str, folder: Path) -> Path:
             file.write_text(text, encoding="utf-8")
         part.rename(target)  # in one step: a package is there as a whole or not at all
     except OSError as error:
-        raise ConfigError(f"{target}: cannot be written: {error.strerror or error}") from None
+        raise ExecutionError(f"{target}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return target
+
+
+def _may_be_folder(path: Path) -> bool:
+    """Whether it is a folder, or none of the files that are there stands in its way."""
+    nearest = next((each for each in (path, *path.parents) if each.exists()), path)
+    return nearest.is_dir()
 
 
 def _files(names: Names, kind: str) -> Iterator[tuple[PurePosixPath, str]]:

@@ -295,3 +295,22 @@ def test_an_error_in_a_plugins_hook_names_the_plugin(
     assert "plugin checks (acme-checks 1.0)" in ran.err
     assert "ZeroDivisionError" in ran.err
     assert isinstance(sys.modules.get("acme_checks"), ModuleType)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["config", "init", "/proc/mortice.toml"],
+        ["contract", "derive", "MODEL", "--output", "/proc/mortice.toml"],
+        ["synth", "SmolLM2-135M", "Q8_0", "/proc/mortice.gguf", "--layers", "1"],
+        ["plugins", "new", "acme", "--kind", "arch", "--folder", "/proc"],
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_a_place_where_the_system_lets_nothing_be_written_is_exit_code_1_for_every_command(
+    mortice: Mortice, tiny: Path, command: list[str]
+) -> None:
+    ran = mortice(*[str(tiny) if part == "MODEL" else part for part in command])
+    assert ran.code == 1
+    assert "cannot be written: " in ran.err
+    assert ran.err.count("\n") == 1
