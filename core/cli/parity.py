@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["parity"]
 
-_NEEDS_TWO = "parity compares two executors: run it where both have a device, or choose others (--executor, --against)"
+_NEEDS_TWO = (
+    "parity compares two executors: run it where both have a device, or choose others (--executor, --against). "
+    "On a CPU alone, `mortice validate --deep` checks the file, and `mortice plugins check` what a plugin gives, "
+    "CUDA headers too"
+)
 
 
 def parity(
@@ -53,7 +57,7 @@ def parity(
         Parameter(help="What may differ; auto is exact with --kv f32 --activations f32, else rounded."),
     ] = "auto",
     heatmap: Annotated[
-        Path | None, Parameter(help="Draw errors by layer and kind into this PNG file; needs matplotlib.")
+        Path | None, Parameter(help="Draw errors by layer and kind into this PNG file; needs mortice[pictures].")
     ] = None,
     force: ForceFlag = False,
     contract: FileFlags | None = None,

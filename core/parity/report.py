@@ -205,7 +205,8 @@ def load_matplotlib() -> Any:
         matplotlib = importlib.import_module("matplotlib")
     except ImportError:
         raise ConfigError(
-            "parity --heatmap: the package matplotlib is not installed; pip install matplotlib, or go without --heatmap"
+            "parity --heatmap: the package matplotlib is not installed; pip install 'mortice[pictures]', "
+            "or go without --heatmap"
         ) from None
     matplotlib.use("Agg")
     return importlib.import_module("matplotlib.figure")

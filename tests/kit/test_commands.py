@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from mortice.core.cli.main import main
 from mortice.core.errors import ConfigError
 from mortice.core.scaffold import package
 from mortice.core.scaffold.package import KINDS, names_for, write_package
+from mortice.core.testing.registries import registry_with
 from tests.support.registry import install
 
 Run = Callable[..., tuple[int, str, str]]
@@ -313,6 +315,24 @@ def test_new_writes_a_package_and_never_over_another(plugins: Run, tmp_path: Pat
         assert code == 2
         assert "is there already" in err
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_new_loader_reads_past_its_mapping_as_fast_uploads_need_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_package("acme-reads", "loader", tmp_path)
+    monkeypatch.syspath_prepend(folder / "src")
+    suite = runpy.run_path(str(folder / "tests" / "test_plugin.py"))["TestAcmeReads"]()
+    try:
+        with registry_with(plugins={"acme": suite.plugin}).open_model(suite.sample(tmp_path)) as model:
+            for view in model.tensors.values():
+                assert view.reader is not None
+                read = np.empty_like(view.data)
+                view.reader(read, view.offset)
+                np.testing.assert_array_equal(read, view.data)
+    finally:
+        for name in ("acme_reads", "acme_reads.plugin"):
+            sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize(

@@ -520,7 +520,7 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_runs(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["parity", str(tmp_path / "none.gguf"), "--heatmap", str(tmp_path / "heat.png")]) == 2
-    assert "matplotlib is not installed; pip install matplotlib" in capsys.readouterr().err
+    assert "matplotlib is not installed; pip install 'mortice[pictures]', or go without" in capsys.readouterr().err
 
 
 def test_a_picture_overwrites_only_when_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,6 +169,7 @@ def test_parity_without_a_gpu_does_not_advise_the_executor_it_compares_with(
     ran = mortice("parity", tiny, *flags)
     assert ran.code == 2
     assert ran.err.startswith("mortice: error: no NVIDIA driver; parity compares two executors: run it where both")
+    assert "On a CPU alone, `mortice validate --deep` checks the file" in ran.err
     assert "executor = " not in ran.err
 
 
