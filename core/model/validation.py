@@ -101,6 +101,7 @@ def validate(file: ModelFile, contract: Contract, extra: Iterable[Finding] = ())
     scaling, found = resolve_rope_scaling(contract, file)
     findings += found
     findings += unread_keys(file, contract, hyperparameters.uniform())
+    findings += _architecture_findings(file, contract)
     findings += extra
     check = _Check(file=file, contract=contract, hyperparameters=hyperparameters, findings=findings)
     check.layers = int(hyperparameters.values.get("num_layers", 0))  # type: ignore[arg-type]  # one number, never a tuple
@@ -121,6 +122,19 @@ def validate(file: ModelFile, contract: Contract, extra: Iterable[Finding] = ())
             findings=result,
         )
     return ValidationReport(file=file, contract=contract, findings=result, model=model)
+
+
+def _architecture_findings(file: ModelFile, contract: Contract) -> Iterator[Finding]:
+    """A contract that was asked for may be another family's: shapes can fit where the maths differs."""
+    if file.architecture not in contract.architectures:
+        made_for = ", ".join(contract.architectures)
+        yield Finding(
+            rule="contract.architecture",
+            severity="warning",
+            subject="general.architecture",
+            found=repr(file.architecture) if file.architecture else "missing",
+            wanted=f"contract {contract.name} was made for {made_for}; results are right only if both compute the same",
+        )
 
 
 @define(kw_only=True)

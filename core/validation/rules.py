@@ -16,6 +16,7 @@ RULES: Mapping[str, str] = MappingProxyType(
         "hyperparameter.*": "A number that the contract reads is missing, of the wrong type or out of range.",
         "key.unread": "A metadata key of the architecture that the contract does not read.",
         "rope.scaling": "The file asks for a context extension that is incomplete or that the contract does not allow.",
+        "contract.architecture": "The contract that was asked for was not made for the file's general.architecture.",
         "contract.expression": "An expression of the contract has no usable value for this file.",
         "*.range": "A number of the contract is out of its range for this file.",
         "role.missing": "A weight that the contract requires is missing.",

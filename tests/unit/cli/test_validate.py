@@ -192,6 +192,19 @@ def test_a_wrong_contract_is_said_once_and_before_any_model(mortice: Mortice, ti
     assert ran.err.startswith(f"mortice: error: {tmp_path}/my.toml: ")
 
 
+def test_a_contract_of_another_architecture_is_a_warning_for_it_was_asked_for(
+    mortice: Mortice, tiny: Path, tmp_path: Path
+) -> None:
+    text = (ROOT / "arch_contracts" / "llama.toml").read_text(encoding="utf-8")
+    own = tmp_path / "own.toml"
+    own.write_text(re.sub(r"(?m)^architectures = .*$", 'architectures = ["qwen2"]', text), encoding="utf-8")
+    ran = mortice("validate", tiny, "--contract", own)
+    assert ran.code == 0
+    assert "was made for qwen2" in ran.out
+    assert ran.out.count("contract.architecture") == 1
+    assert mortice("validate", tiny, "--contract", own, "--strict").code == 2
+
+
 # plugins ---------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from attrs import evolve
 from numpy.typing import NDArray
 
 from mortice.arch_contracts.schema import Contract, builtin_contracts, parse_contract
@@ -76,6 +77,19 @@ def test_missing_q_norm_is_reported_for_qwen3() -> None:
     metadata, arrays = good(contract)
     del arrays["blk.1.attn_q_norm.weight"]
     assert "blk.1.attn_q_norm.weight: missing; qwen3 requires attn_q_norm" in errors(contract, metadata, arrays)
+
+
+def test_a_contract_that_was_made_for_another_architecture_is_warned_of_once() -> None:
+    metadata, arrays = good()
+
+    def warnings(*architectures: str) -> list[Finding]:
+        found = findings(evolve(LLAMA, name="acme", architectures=architectures), metadata, arrays)
+        return [finding for finding in found if finding.rule == "contract.architecture"]
+
+    assert warnings("qwen2", "llama") == []
+    (finding,) = warnings("qwen2", "qwen3")
+    assert (finding.severity, finding.subject, finding.found) == ("warning", "general.architecture", "'llama'")
+    assert finding.wanted == "contract acme was made for qwen2, qwen3; results are right only if both compute the same"
 
 
 def test_a_bias_is_refused_where_the_family_has_none() -> None:
