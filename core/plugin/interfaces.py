@@ -57,8 +57,8 @@ class QuantizationType:
             where there is none. What it takes in passing is to be small beside the rows. It raises FloatingPointError
             for values that the type cannot hold.
         largest_error: what `quantize` loses at most of normal random values: the root mean square of the error over
-            that of the values, above 0 and below 1, which is what a type of zeros loses. Types of four bits and more
-            stay below 0.1; say so where one of few bits loses more than half.
+            that of the values, above 0 and below 1, which is what a type of zeros loses. Q8_0 loses 0.005, Q4_0 0.09;
+            state it where a type of few bits loses more than half.
 
     """
 
