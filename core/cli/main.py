@@ -45,7 +45,7 @@ _REFUSED = 2
 _INTERRUPTED = 130
 _NOBODY_READS = 141
 """128 + SIGPIPE: what a shell reports of tools that do not care about a closed pipe."""
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_TAKES_NO_MORE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 def make_app() -> App:
@@ -92,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed by the shell (>&-): as if nobody read it
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115 (for the whole run)
+        if stream is None:  # closed by the shell (>&-)
+            setattr(sys, name, _closed_stream(name))
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an ASCII terminal must not end an answer
     warnings = _Warnings()
@@ -103,6 +103,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(arguments, as_json="--json" in arguments, debug="--debug" in arguments)
     finally:
         logger.removeHandler(warnings)
+
+
+def _closed_stream(name: str) -> TextIO:
+    """Stands for a stream that was closed: standard output fails like a full disk when written, messages are lost."""
+    access = os.O_RDONLY if name == "stdout" else os.O_WRONLY
+    return open(os.open(os.devnull, access), "w", encoding="utf-8")  # noqa: PTH123, SIM115 (for the whole run)
 
 
 class _Warnings(logging.Handler):
@@ -144,7 +150,8 @@ def _run(arguments: Sequence[str], *, as_json: bool, debug: bool) -> int:
     except Exception as error:  # noqa: BLE001 (the outermost frame: a person gets a line, not a traceback)
         if isinstance(error, OSError) and _came_from_printing(error):
             _discard(sys.stdout)
-            return _fail(1, type(error).__name__, f"standard output: {error.strerror}", as_json)
+            found = "is closed" if error.errno == errno.EBADF else error.strerror
+            return _fail(1, type(error).__name__, f"standard output: {found}", as_json)
         if debug:
             traceback.print_exc()
         hint = "" if debug else "\nthis is a fault in mortice or a plugin; --debug shows where"
@@ -183,7 +190,7 @@ def _came_from_printing(error: OSError) -> bool:
     """Whether `error` is a failed write to a stream that the command line, or rich for it, prints on."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     printer = str(frames[-1].f_globals.get("__name__"))
-    return error.errno in _NO_ROOM and error.filename is None and printer.startswith(("mortice.core.cli.", "rich."))
+    return error.errno in _TAKES_NO_MORE and error.filename is None and printer.startswith(("mortice.core.cli.", "rich."))
 
 
 def _discard(stream: TextIO) -> None:

@@ -53,12 +53,25 @@ def test_a_reader_who_leaves_is_no_failure_of_ours(arguments: list[str]) -> None
     assert (ran.returncode, ran.stderr) == (141, "")
 
 
-def test_closed_standard_output_takes_everything_and_shows_nothing(tiny: Path) -> None:
-    ran = shell(">&-", "run", tiny, "-p", "a", "-n", 1, "-q")
+CLOSED = (1, "mortice: error: standard output: is closed\n")
+
+
+@pytest.mark.parametrize("arguments", [["validate"], ["inspect", "--json"], ["run", "-q", "-n", "1", "-p", "a", "-m"]])
+def test_closed_standard_output_is_an_error_of_what_writes_there(tiny: Path, arguments: list[str]) -> None:
+    ran = shell(">&-", *arguments, tiny)
+    assert (ran.returncode, ran.stderr) == CLOSED
+
+
+def test_closed_streams_are_no_error_where_nothing_is_written_or_only_messages_are(tiny: Path) -> None:
+    prompts, out = tiny.parent / "closed.jsonl", tiny.parent / "closed-out.jsonl"
+    prompts.write_text('{"prompt": "a", "max_tokens": 1}')
+    ran = shell(">&-", "run", tiny, "--jsonl", prompts, "--output", out, "-q")
     assert (ran.returncode, ran.stderr) == (0, "")
-    assert shell(">&-", "validate", tiny).returncode == 0
-    assert shell(">&-", "validate", tiny.parent / "none.gguf").returncode == 2
+    assert out.read_text()
+    assert shell(">&-", "run", "-p", "a", "-m", tiny.parent / "none.gguf").returncode == 2
     assert shell("2>&-", "validate", tiny).returncode == 0
+    ran = shell(">&-", "--help")
+    assert (ran.returncode, ran.stderr) == CLOSED
 
 
 @pytest.mark.parametrize("arguments", [["run", "-p", "-", "-m"], ["chat", "-m"]])
