@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -28,7 +29,7 @@ from mortice.core.model.validation import ValidatedModel
 from mortice.core.model.weight_plan import FitReport, WeightPlan, plan_weights
 from mortice.core.plugin.interfaces import Executor, Prepares, Runtime, RuntimeSettings, UploadStrategy
 from mortice.core.plugin.registry import Registry
-from mortice.core.session import Session
+from mortice.core.session import Session, token_ids_of
 from mortice.core.stages import (
     Support,
     choose_executor,
@@ -68,6 +69,8 @@ def prepare(config: RunConfig, registry: Registry | None = None, *, require_fit:
         DeviceError: when the executor asked for has no device it can use.
 
     """
+    if not isinstance(config, RunConfig):
+        raise InputError(f"config: found {config!r:.40}, wanted a RunConfig; mortice.load takes a file")
     registry = registry or registry_for(config, wake=True)
     wake_executor(registry, config.executor.name)
     return prepare_opened(config, registry, open_file(registry, config.model.path), require_fit=require_fit)
@@ -129,11 +132,12 @@ def load(model: str | Path | RunConfig, *, executor: str | None = None, context:
         DeviceError: as `prepare` does.
 
     """
-    config = (
-        model
-        if isinstance(model, RunConfig)
-        else evolve(RunConfig(), model=evolve(RunConfig().model, path=Path(model)))
-    )
+    if isinstance(model, RunConfig):
+        config = model
+    elif isinstance(model, str | PathLike):
+        config = evolve(RunConfig(), model=evolve(RunConfig().model, path=Path(model)))
+    else:
+        raise InputError(f"model: found {model!r:.40}, wanted a file, a folder or a RunConfig")
     if executor is not None:
         config = evolve(config, executor=evolve(config.executor, name=executor))
     if context is not None:
@@ -169,6 +173,7 @@ class Pipeline:
     _resident: ResidentWeights | None = field(default=None, init=False, repr=False)
     _runtime: Runtime | None = field(default=None, init=False, repr=False)
     _tokenizer: Any = field(default=None, init=False, repr=False)
+    _closed: bool = field(default=False, init=False, repr=False)
     lock: threading.RLock = field(factory=threading.RLock, init=False, repr=False)
 
     def preload(self) -> int:
@@ -177,8 +182,13 @@ class Pipeline:
         Returns:
             Bytes written to the device; 0 when everything was resident already, and then nothing has moved.
 
+        Raises:
+            InputError: when the pipeline is closed.
+
         """
         with self.lock:
+            if self._closed:
+                raise InputError("the pipeline is closed; load the model again")
             if self._resident is None:
                 self.fit.require()
                 if isinstance(self.executor, Prepares):
@@ -205,7 +215,7 @@ class Pipeline:
 
     @property
     def runtime(self) -> Runtime:
-        """The runtime, opened on first use."""
+        """The runtime, opened on first use; refused when the pipeline is closed."""
         with self.lock:
             if self._runtime is None:
                 self.preload()
@@ -284,7 +294,8 @@ class Pipeline:
         return request
 
     def _requests(self, prompts: Sequence[Prompt], options: dict[str, Any]) -> list[Request]:
-        if isinstance(prompts, str):  # taken as a sequence it would be a prompt for each character
+        # a string would be taken for a prompt in each character, a mapping for one in each key
+        if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
             raise InputError(f"prompts: found {prompts!r:.40}, wanted a list of them")
         requests = []
         for index, given in enumerate(prompts):
@@ -297,7 +308,9 @@ class Pipeline:
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt."""
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        return token_ids_of(prompt, "text or token ids")
 
     def parameters(self, options: dict[str, Any]) -> tuple[SamplingParams, GenerationParams]:
         """The config's parameters with `options` laid over them."""
@@ -318,13 +331,18 @@ class Pipeline:
         return Session(self, self.runtime.new_sequence())
 
     def close(self) -> None:
-        """Free device memory and let go of the file; calling twice is fine."""
+        """Free device memory and let go of the file, for good; calling twice is fine.
+
+        What was found out stays to be read (`model`, `plan`, `fit` …); whatever needs weights is refused from now on.
+        """
         with self.lock:
+            self._closed = True
             if self._runtime is not None:
                 self._runtime.close()
             elif self._resident is not None:
                 self._resident.close()
             self._runtime = self._resident = None
+            self.plan = self.plan.without_bytes()
             self.model.file.close()
 
     def __enter__(self) -> Self:

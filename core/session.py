@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -21,7 +22,7 @@ from mortice.core.text.sampling import Sampled, Sampler
 if TYPE_CHECKING:  # the tokenizer library is imported when text is first needed
     from mortice.core.text.tokenizer import Tokenizer
 
-__all__ = ["Host", "Session"]
+__all__ = ["Host", "Session", "token_ids_of"]
 
 
 class Host(Protocol):
@@ -42,6 +43,21 @@ class Host(Protocol):
         ...
 
 
+def token_ids_of(found: object, wanted: str = "token ids") -> list[int]:
+    """A list of the token ids in a list, tuple, array or other iterable.
+
+    Raises:
+        InputError: for what is none, or holds something else than integers.
+
+    """
+    if isinstance(found, Iterable) and not isinstance(found, str | bytes | Mapping):
+        try:
+            return [index(token) for token in found]
+        except TypeError:
+            pass
+    raise InputError(f"prompt: found {found!r:.40}, wanted {wanted}")
+
+
 @define(eq=False)
 class Session:
     """One sequence of a pipeline. A prompt that begins like what was fed before is not computed again.
@@ -55,7 +71,7 @@ class Session:
 
     def feed(self, token_ids: Sequence[int], logits: str = "last") -> NDArray[np.float32]:
         """Feed tokens after those fed before; float32 logits of the last one, or of all, (rows, vocab_size)."""
-        ids = list(token_ids)
+        ids = token_ids_of(token_ids)
         room = self.pipeline.settings.context_length - self.sequence.length
         if not ids:
             raise InputError("no tokens to feed")

@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _closed_stream(name: str) -> TextIO:
     """Stands for a stream that was closed: standard output fails like a full disk when written, messages are lost."""
     access = os.O_RDONLY if name == "stdout" else os.O_WRONLY
-    return open(os.open(os.devnull, access), "w", encoding="utf-8")  # noqa: PTH123, SIM115 (for the whole run)
+    return open(os.open(os.devnull, access), "w", encoding="utf-8")  # noqa: PTH123 (a descriptor)
 
 
 class _Warnings(logging.Handler):
@@ -190,7 +190,9 @@ def _came_from_printing(error: OSError) -> bool:
     """Whether `error` is a failed write to a stream that the command line, or rich for it, prints on."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     printer = str(frames[-1].f_globals.get("__name__"))
-    return error.errno in _TAKES_NO_MORE and error.filename is None and printer.startswith(("mortice.core.cli.", "rich."))
+    return (
+        error.errno in _TAKES_NO_MORE and error.filename is None and printer.startswith(("mortice.core.cli.", "rich."))
+    )
 
 
 def _discard(stream: TextIO) -> None:

@@ -6,14 +6,16 @@ Everything here is data. A loader fills it, validation reads it; no field is an 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 from numpy.typing import NDArray
 
+from mortice.core.errors import InputError
 from mortice.core.model.findings import Finding
 from mortice.core.model.qtypes import GGML_TYPES, QType
 
@@ -98,6 +100,10 @@ class TensorView:
             return self.make(start, stop)
         return self.data.reshape(self.rows, -1)[start:stop]
 
+    def without_bytes(self) -> TensorView:
+        """The same name, shape and type without what refers to the file; its bytes are refused with `InputError`."""
+        return evolve(self, data=None, reader=None, make=partial(_refuse_rows, self.name))
+
     def read_into(self, out: NDArray[np.uint8], start: int) -> None:
         """Fill `out`, one dimension, with the tensor's bytes from `start` on, by `reader` where there is one.
 
@@ -115,6 +121,10 @@ class TensorView:
             out[...] = self.data[start : start + out.nbytes]
         else:
             self.reader(out, self.offset + start)
+
+
+def _refuse_rows(name: str, start: int, stop: int) -> NDArray[np.uint8]:
+    raise InputError(f"{name}: rows {start} to {stop} cannot be read: the model is closed")
 
 
 @define(eq=False, kw_only=True)

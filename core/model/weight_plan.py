@@ -169,6 +169,12 @@ class WeightPlan:
             counts[planned.tensor.qtype.name] += planned.source_bytes
         return dict(counts.most_common())
 
+    def without_bytes(self) -> WeightPlan:
+        """The plan for looking at only: nothing in it refers to the file, see `TensorView.without_bytes`."""
+        return evolve(
+            self, weights=tuple(evolve(planned, tensor=planned.tensor.without_bytes()) for planned in self.weights)
+        )
+
 
 def plan_weights(
     model: ValidatedModel, program: Program, kernels: Iterable[Kernel], *, prefer: str = "fastest"

@@ -20,3 +20,8 @@ def resident_bytes(path: Path) -> int:
         elif inside and first == "Rss:":
             total += int(line.split()[1]) * 1024
     return total
+
+
+def mapped(path: Path) -> bool:
+    """Whether `path` is mapped into memory."""
+    return any(line.endswith(str(path)) for line in Path("/proc/self/maps").read_text().splitlines())
