@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mortice.core.errors import ExecutionError
 
-__all__ = ["write_text", "written_beside"]
+__all__ = ["require_place", "write_text", "written_beside"]
 
 
 @contextmanager
@@ -22,8 +22,7 @@ def written_beside(path: Path) -> Iterator[Path]:
         ExecutionError: when it cannot be written.
 
     """
-    target = _target(path)
-    part = target.with_name(f".mortice-{secrets.token_hex(8)}.part")
+    target, part = _places(path)
     try:
         yield part
         part.replace(target)
@@ -32,6 +31,27 @@ def written_beside(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def require_place(path: Path) -> None:
+    """Refuse, before the work, a file that `written_beside` could not begin: in a folder nobody may write in, say.
+
+    Raises:
+        ExecutionError: as `written_beside` does.
+
+    """
+    _, part = _places(path)
+    try:
+        part.touch(exist_ok=False)
+        part.unlink()
+    except OSError as error:
+        raise _cannot(path, error.strerror or str(error)) from None
+
+
+def _places(path: Path) -> tuple[Path, Path]:
+    """The file that is written in the end, and the one beside it that is written first."""
+    target = _target(path)
+    return target, target.with_name(f".mortice-{secrets.token_hex(8)}.part")
 
 
 def _target(path: Path) -> Path:

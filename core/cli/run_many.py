@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from attrs import frozen
+from attrs import define, field, frozen
 
 from mortice.core.cli.answer import prompt_encoder, read_stdin, require_chat
 from mortice.core.cli.render import Screen, json_text
@@ -31,8 +32,8 @@ _SHOWN = 20
 """Bad lines that are listed; the rest is counted."""
 
 _Id = str | int
-_T = TypeVar("_T")
-_R = TypeVar("_R")
+_Wrong = dict[int, str]
+"""What is wrong with lines, by their numbers."""
 
 
 @frozen
@@ -62,18 +63,19 @@ def run_many(
 
     require_chat(config.prompt)
     _require_output(output, [source, *inputs], force=force)
-    lines = _read_lines(source)
+    lines, wrong = _read_lines(source)
     with planned(screen, config) as pipeline:
         note_model(screen, pipeline)
         _require_output(output, pipeline.model.file.files, force=force)
         pipeline.fit.require()
-        requests = _requests(screen, pipeline, config, source, lines)
-        with _opened(output) as stream:
+        requests = _requests(screen, pipeline, config, lines, wrong)
+        _require_right(source, wrong)
+        with _opened(output) as out:
             resident(screen, pipeline)
             started = time.perf_counter()
             tokens = failed = 0
             for result in finished_results(pipeline, requests):
-                _write(stream, output, json_text(_as_dict(lines[result.index].id, result)))
+                _write(out, json_text(_as_dict(lines[result.index].id, result)))
                 tokens += len(result.pieces)
                 failed += result.error is not None
             seconds = time.perf_counter() - started
@@ -103,24 +105,30 @@ def _text_of(source: Path) -> str:
         raise InputError(f"{source}: byte {error.start}: not UTF-8") from None
 
 
-def _read_lines(source: Path) -> list[_Line]:
-    """The lines that are not blank.
+def _read_lines(source: Path) -> tuple[list[_Line], _Wrong]:
+    """The lines that are not blank, and what is wrong with those that cannot be understood.
 
     Raises:
-        InputError: naming every line that is wrong, as far as that can be told without the model.
+        InputError: when there is no line, or none that can be understood.
 
     """
     text = _text_of(source).removeprefix("\ufeff")  # the mark that some editors begin a file with
     numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not numbered:
         raise InputError(f"{_name(source)}: found no line with a prompt")
-    lines: list[_Line] = _each_line(source, numbered, lambda item: _parse(*item))
+    wrong: _Wrong = {}
+    lines = []
     seen: dict[tuple[type, _Id], int] = {}
-    for line in lines:
-        first = seen.setdefault((type(line.id), line.id), line.number)
-        if first != line.number:
-            raise InputError(f"{_name(source)}: line {line.number}: id {line.id!r} is that of line {first}, too")
-    return lines
+    for number, item in numbered:
+        with _noting(number, wrong):
+            line = _parse(number, item)
+            first = seen.setdefault((type(line.id), line.id), number)
+            if first != number:
+                raise InputError(f"id {line.id!r} is that of line {first}, too")
+            lines.append(line)
+    if not lines:
+        _require_right(source, wrong)
+    return lines, wrong
 
 
 def _parse(number: int, text: str) -> _Line:
@@ -153,65 +161,96 @@ def _kind(value: object) -> str:
 
 
 def _requests(
-    screen: Screen, pipeline: Pipeline, config: RunConfig, source: Path, lines: Sequence[_Line]
+    screen: Screen, pipeline: Pipeline, config: RunConfig, lines: Sequence[_Line], wrong: _Wrong
 ) -> list[Request]:
-    """What the lines ask, checked against the model; refused together, as in `_read_lines`."""
+    """What the lines ask, checked against the model; what is wrong with one is added to `wrong`."""
+    requests = []
     with prompt_encoder(screen, pipeline, config.prompt) as encode:
+        for line in lines:
+            with _noting(line.number, wrong):
+                if isinstance(line.prompt, list) and config.prompt.chat:
+                    raise InputError("prompt: found token ids, wanted a string for a chat")
+                ids = encode(line.prompt) if isinstance(line.prompt, str) else line.prompt
+                requests.append(pipeline.request(ids, line.options))
+    return requests
 
-        def request(item: tuple[int, _Line]) -> Request:
-            line = item[1]
-            if isinstance(line.prompt, list) and config.prompt.chat:
-                raise InputError("prompt: found token ids, wanted a string for a chat")
-            return pipeline.request(encode(line.prompt) if isinstance(line.prompt, str) else line.prompt, line.options)
 
-        return _each_line(source, [(line.number, line) for line in lines], request)
+@contextmanager
+def _noting(number: int, wrong: _Wrong) -> Iterator[None]:
+    """Note what is refused, so that one look finds all that is wrong with a file."""
+    try:
+        yield
+    except InputError as error:
+        wrong[number] = str(error)
 
 
-def _each_line(source: Path, items: Sequence[tuple[int, _T]], make: Callable[[tuple[int, _T]], _R]) -> list[_R]:
-    """What `make` makes of each (line number, item); refused once for all lines that it refuses."""
-    made, wrong = [], []
-    for number, item in items:
-        try:
-            made.append(make((number, item)))
-        except InputError as error:
-            wrong.append(f"line {number}: {error}")
-    if len(wrong) == 1:
-        raise InputError(f"{_name(source)}: {wrong[0]}")
-    if wrong:
-        more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
-        shown = "".join(f"\n  {text}" for text in [*wrong[:_SHOWN], *more])
-        raise InputError(f"{_name(source)}: {len(wrong)} lines are refused{shown}")
-    return made
+def _require_right(source: Path, wrong: _Wrong) -> None:
+    """Refuse a file of prompts once for all its wrong lines."""
+    found = [f"line {number}: {wrong[number]}" for number in sorted(wrong)]
+    if len(found) == 1:
+        raise InputError(f"{_name(source)}: {found[0]}")
+    if found:
+        more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+        shown = "".join(f"\n  {text}" for text in [*found[:_SHOWN], *more])
+        raise InputError(f"{_name(source)}: {len(found)} lines are refused{shown}")
 
 
 def _name(source: Path) -> str:
     return "standard input" if str(source) == "-" else str(source)
 
 
+@define(eq=False)
+class _ResultFile:
+    """A file of results, written line by line; what stands in it in the end is whole lines."""
+
+    path: Path
+    _stream: FileIO
+    _nbytes: int = field(default=0, init=False)
+    """How many the whole lines have."""
+
+    def write(self, line: str) -> None:
+        """Add a line, at once: a person may read along."""
+        data = memoryview(f"{line}\n".encode())
+        rest = data
+        while rest:
+            rest = rest[self._stream.write(rest) or 0 :]
+        self._nbytes += data.nbytes
+
+    def close(self) -> None:
+        """Cut off a line that was not finished; a file without a line is removed, to be in nobody's way."""
+        with suppress(OSError), self._stream:
+            if stat.S_ISREG(os.fstat(self._stream.fileno()).st_mode):
+                self._stream.truncate(self._nbytes)
+                if not self._nbytes:
+                    self.path.resolve().unlink()
+
+
 @contextmanager
-def _opened(output: Path | None) -> Iterator[TextIO | None]:
+def _opened(output: Path | None) -> Iterator[_ResultFile | None]:
     """The file of the results; None stands for standard output."""
     if output is None:
         yield None
         return
     try:
-        stream = output.open("w", encoding="utf-8")
+        stream = output.open("wb", buffering=0)
     except OSError as error:
-        raise InputError(f"{output}: cannot be written: {error.strerror}") from None
-    try:
-        yield stream
-    finally:
-        with suppress(OSError):  # each line was flushed, and what went wrong then is told already
-            stream.close()
+        raise _cannot(output, error) from None
+    with closing(_ResultFile(output, stream)) as out:
+        yield out
 
 
-def _write(stream: TextIO | None, output: Path | None, line: str) -> None:
+def _cannot(output: Path, error: OSError) -> ExecutionError:
+    return ExecutionError(f"{output}: cannot be written: {error.strerror}")
+
+
+def _write(out: _ResultFile | None, line: str) -> None:
+    if out is None:
+        print(line, flush=True)  # the command line knows what to say of its own streams
+        return
     try:
-        print(line, file=stream, flush=True)
+        out.write(line)
     except OSError as error:
-        if stream is None:  # the command line knows what to say of its own streams
-            raise
-        raise ExecutionError(f"{output}: cannot be written: {error.strerror}") from None
+        raise _cannot(out.path, error) from None
 
 
 def _as_dict(name: _Id, result: Result) -> Mapping[str, Any]:

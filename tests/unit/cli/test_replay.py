@@ -360,6 +360,24 @@ def test_a_record_that_cannot_be_written_leaves_the_old_one_alone(
     assert [found.name for found in tmp_path.iterdir()] == ["run.json"]
 
 
+def test_a_folder_where_no_record_can_be_written_is_found_before_the_answer(
+    mortice: Mortice, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.json"
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "touch", read_only)
+    monkeypatch.setattr(running, "planned", lambda *_: pytest.fail("work was begun"))
+    ran = mortice("run", "-m", tiny, *ASKED, "--record", path, "-q")
+    assert (ran.code, ran.out, ran.err) == (
+        1,
+        "",
+        f"mortice: error: {path}: cannot be written: Read-only file system\n",
+    )
+
+
 def test_a_link_to_a_record_stays_a_link_and_neighbours_stay(mortice: Mortice, tiny: Path, tmp_path: Path) -> None:
     target, link, neighbour = tmp_path / "kept.json", tmp_path / "link.json", tmp_path / ".link.json.part"
     link.symlink_to(target)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +125,29 @@ def test_all_bad_lines_are_named_at_once(mortice: Mortice, tiny: Path) -> None:
     assert "  and 10 more" in mortice("run", tiny, "--jsonl", "-", "-q", stdin=b"{}\n" * 30).err
 
 
+def test_lines_that_are_no_prompts_hide_no_lines_with_wrong_options(mortice: Mortice, tiny: Path) -> None:
+    lines = [
+        b'{"prompt": "a"}',
+        b'{"prompt": "a", "temperature": "x"}',
+        b"[1]",
+        b'{"prompt": "a", "max_token": 1}',
+        b'{"prompt": "a", "id": 1}',
+        b'{"prompt": "a", "max_tokens": 0}',
+        b'{"prompt": [99999999]}',
+    ]
+    ran = mortice("run", tiny, "--jsonl", "-", "-q", stdin=b"\n".join(lines))
+    assert ran.code == 2
+    assert [line.partition(", ")[0] for line in ran.err.splitlines()] == [
+        "mortice: error: standard input: 6 lines are refused",
+        "  line 2: temperature: found 'x'",
+        "  line 3: found a list",
+        "  line 4: generate: unknown key 'max_token'",
+        "  line 5: id 1 is that of line 1",
+        "  line 6: max_tokens: found 0",
+        "  line 7: prompt: token id 99999999 is outside the vocabulary of 512 tokens",
+    ]
+
+
 def test_what_holds_no_lines_of_prompts_is_refused(mortice: Mortice, tiny: Path, tmp_path: Path) -> None:
     for stdin, message in (
         (b"\n \n", "found no line with a prompt"),
@@ -234,6 +262,48 @@ def test_a_full_disk_is_said_with_the_files_name(mortice: Mortice, tiny: Path) -
     lines = jsonl({"prompt": "a", "max_tokens": 1})
     ran = mortice("run", tiny, "--jsonl", "-", "--output", "/dev/full", "-q", stdin=lines)
     assert (ran.code, ran.err) == (1, "mortice: error: /dev/full: cannot be written: No space left on device\n")
+
+
+def limited_to(nbytes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A command that can write no file of more than so many bytes, as on a disk that is almost full."""
+    return subprocess.run(
+        [sys.executable, "-m", "mortice.core.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, nbytes)),
+    )
+
+
+def test_whole_lines_stay_when_the_disk_fills_up_and_a_half_one_does_not(tiny: Path, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_bytes(jsonl(*({"prompt": "a", "max_tokens": 1} for _ in range(20))))
+    ran = limited_to(700, "run", tiny, "--jsonl", prompts, "--output", out, "-q")
+    assert (ran.returncode, ran.stderr) == (1, f"mortice: error: {out}: cannot be written: File too large\n")
+    assert out.read_bytes().endswith(b"}\n")
+    assert len([json.loads(line) for line in out.read_text().splitlines()]) > 1
+
+
+def test_a_file_of_results_without_a_whole_line_is_in_nobodys_way(tiny: Path, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_bytes(jsonl({"prompt": "a", "max_tokens": 1}))
+    assert limited_to(20, "run", tiny, "--jsonl", prompts, "--output", out, "-q").returncode == 1
+    assert not out.exists()
+
+
+def test_an_output_that_cannot_be_opened_is_a_failure_as_of_other_files(
+    mortice: Mortice, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, out = Path.open, tmp_path / "out.jsonl"
+
+    def read_only(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self == out:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    ran = mortice("run", tiny, "--jsonl", "-", "--output", out, "-q", stdin=jsonl({"prompt": "a"}))
+    assert (ran.code, ran.err) == (1, f"mortice: error: {out}: cannot be written: Read-only file system\n")
 
 
 def test_ctrl_c_ends_with_130_and_keeps_what_was_finished(
