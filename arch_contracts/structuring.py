@@ -57,12 +57,15 @@ def toml_key(name: str) -> str:
     return name.removesuffix("_")
 
 
+_KINDS = {str: "a string", bool: "true or false", int: "an integer", float: "a number"}
+
+
 def _strict(kind: type) -> Callable[[Any, type], Any]:
     def convert(value: Any, _: type) -> Any:
         if kind is float and type(value) is int:
             return float(value)
         if type(value) is not kind:
-            raise TypeError(f"wanted {kind.__name__}, found {value!r}")
+            raise TypeError(f"wanted {_KINDS.get(kind, kind.__name__)}, found {value!r}")
         return value
 
     return convert

@@ -156,8 +156,9 @@ def _opener(model: str, config: RunConfig, wanted: BenchSettings) -> Callable[[]
             return prepare(config, registry)
         except ConfigError as error:
             if automatic and str(error).startswith("executor.context"):
+                why = str(error).removeprefix(f"executor.context: found {wanted.needed_context}, ")
                 raise ConfigError(
-                    f"bench: prompt, generated tokens and depth need a context of {wanted.needed_context}; {error}"
+                    f"bench: prompt, generated tokens and depth need a context of {wanted.needed_context}, {why}"
                 ) from error
             raise
 

@@ -10,6 +10,7 @@ from attrs import evolve
 from mortice.core.cli.flags import CommonFlags, ExecutorFlags, FileFlags, ModelPath
 from mortice.core.cli.render import size_text
 from mortice.core.cli.stages import fit_dict, fit_rows, layouts_of, planned
+from mortice.core.counts import counted
 
 if TYPE_CHECKING:
     from mortice.core.pipeline import Pipeline
@@ -58,7 +59,9 @@ def fit(
             screen.say(line)
         screen.say("fits" if report.fits else f"does not fit: {report.advice}")
         screen.say(f"largest context that fits: {report.largest_context} of the model's {longest} tokens")
-        screen.say(f"largest KV cache that fits: {report.largest_kv_tokens} tokens of all sequences together")
+        most = f"{report.largest_kv_tokens} tokens of all sequences together"
+        none = f"none for a context of {counted(report.context_length, 'token')}"
+        screen.say(f"largest KV cache that fits: {most if report.largest_kv_tokens else none}")
         return 0 if report.fits else _REFUSED
 
 

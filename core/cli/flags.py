@@ -73,6 +73,7 @@ ConfigFile = Annotated[
 ConfigOrModel = Annotated[
     Path | None,
     Parameter(
+        name="CONFIG|MODEL",
         help="A config file in TOML, whose keys flags override; or a model, as if given by --model.",
         converter=_path,
         n_tokens=1,

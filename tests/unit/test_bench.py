@@ -449,7 +449,7 @@ def test_bench_takes_a_shape_and_a_recipe(capsys: pytest.CaptureFixture[str]) ->
     [
         (["SmolLM3-135M:Q8_0"], "shape: unknown 'SmolLM3-135M', did you mean 'SmolLM2-135M'?"),
         (["SmolLM2-135M:Q8"], "recipe: unknown 'Q8', did you mean 'Q8_0'?"),
-        (["SmolLM2-135M:Q8_0", "-d", "8000", "-n", "1000"], "need a context of 9001; executor.context: found 9001"),
+        (["SmolLM2-135M:Q8_0", "-d", "8000", "-n", "1000"], "need a context of 9001, the model was made for"),
         (["x.gguf", "-o", "csv", "--json"], "--json and -o csv: found both, wanted one"),
         (["missing.gguf"], "missing.gguf"),
     ],

@@ -208,6 +208,14 @@ def test_fit_says_what_is_needed_and_the_largest_context(mortice: Mortice, tiny:
     assert "largest context that fits: 512 of the model's 512 tokens" in ran.out
 
 
+def test_fit_says_that_no_kv_cache_fits_the_context_where_a_shorter_one_would(mortice: Mortice, tiny: Path) -> None:
+    least = mortice("fit", tiny, "--context", 64, "--json").json
+    mib = -(-least["total_bytes"] >> 20)
+    ran = mortice("fit", tiny, "--context", 512, "--memory-mib", max(mib, 1))
+    assert ran.code == 2
+    assert "largest KV cache that fits: none for a context of 512 tokens" in ran.out
+
+
 def test_fit_says_that_the_reference_stores_every_kv_type_as_float32(mortice: Mortice, tiny_heads_of_32: Path) -> None:
     sizes = {}
     for kv in ("auto", "f32", "f16", "q8_0"):

@@ -275,7 +275,7 @@ def test_an_interrupted_run_leaves_no_record(
         (lambda it: it["config"]["sampling"].update(temprature=1), "did you mean 'sampling.temperature'?"),
         (lambda it: it["config"]["sampling"].update(seed="7"), "sampling.seed"),
         (lambda it: it.pop("tokens"), "tokens: required, but not there"),
-        (lambda it: it["tokens"][0].update(id="7"), "tokens.0.id: wanted int, found '7'"),
+        (lambda it: it["tokens"][0].update(id="7"), "tokens.0.id: wanted an integer, found '7'"),
         (lambda it: it["files"][0].pop("sha256"), "files.0.sha256: required, but not there"),
         (lambda it: it.update(extra=1), "extra"),
     ],

@@ -91,12 +91,12 @@ def mistakes_of(text: str) -> list[str]:
     [
         # keys and types
         ("[rope]", "[rope]\nstile = 1", "rope: unknown key 'stile', did you mean 'style'?"),
-        ('name = "small"', "name = 3", "contract.name: wanted str, found 3"),
+        ('name = "small"', "name = 3", "contract.name: wanted a string, found 3"),
         ('name = "small"\n', "", "contract.name: required, but not there"),
         ("[norm]", "[nrom]", "norm: required, but not there"),
         ('style = "halves"', 'style = "half"', "rope.style: wanted one of 'adjacent', 'halves', found 'half'"),
         ('style = "halves"', "style = ['halves']", "rope.style: wanted one of 'adjacent', 'halves'"),
-        ("optional = true", "optional = 1", "roles.layer.attn_output_bias.optional: wanted bool, found 1"),
+        ("optional = true", "optional = 1", "roles.layer.attn_output_bias.optional: wanted true or false, found 1"),
         ("optional = true", "option = true", "did you mean 'optional'?"),
         ('attn_norm = ["hidden_size"]', 'attn_norm = "hidden_size"', "roles.layer.attn_norm: wanted a table"),
         ('architectures = ["small", "tiny"]', 'architectures = "small"', "contract.architectures: wanted an array"),
