@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from os import PathLike
 from pathlib import Path
 
 from attrs import evolve, frozen
 
 from mortice.arch_contracts.schema import Contract, ContractFormatError, parse_contract
 from mortice.core.config import RunConfig
-from mortice.core.errors import ConfigError, ContractError, DeviceError, UnsupportedError
+from mortice.core.errors import ConfigError, ContractError, DeviceError, InputError, UnsupportedError
 from mortice.core.model.program import Program
 from mortice.core.model.quantize_at_load import FLOATS, quantized
 from mortice.core.model.template_check import template_findings
@@ -266,6 +267,8 @@ def validate_file(
     path: str | Path, *, contract: str | Path | None = None, registry: Registry | None = None
 ) -> ValidationReport:
     """Hold a file against its contract, or the one given, and report everything found. No tensor is read."""
+    if not isinstance(path, str | PathLike):
+        raise InputError(f"path: found {path!r:.40}, wanted a model file or folder")
     registry = registry or make_registry()
     with open_file(registry, Path(path)) as file:
         return validate_opened(registry, file, None if contract is None else Path(contract), check_template=True)

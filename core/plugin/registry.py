@@ -144,9 +144,10 @@ class Registry:
         shown = architecture if len(architecture) <= 64 else architecture[:64] + "…"
         known = ", ".join(sorted(self.contracts))
         near = difflib.get_close_matches(shown, self.contracts, 3)
+        nearest = f"nearest are {', '.join(near)}, " if near else ""
         found = f"unknown architecture {shown!r}" if architecture else "general.architecture is missing"
         raise UnknownArchitectureError(
-            f"{model.path}: {found}; nearest are {', '.join(near) or 'none'}, known are {known}. A contract adds one: "
+            f"{model.path}: {found}; {nearest}known are {known}. A contract adds one: "
             f"give it with --contract FILE.toml, or install a plugin that has it{self.manager.absent()}"
         )
 

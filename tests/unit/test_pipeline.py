@@ -52,6 +52,7 @@ def test_a_prompt_that_is_none_is_refused_by_its_argument(pipe: mortice.Pipeline
     [
         (mortice.load, "model: found None, wanted a file, a folder or a RunConfig"),
         (mortice.prepare, "config: found None, wanted a RunConfig; mortice.load takes a file"),
+        (mortice.validate, "path: found None, wanted a model file or folder"),
     ],
 )
 def test_a_model_that_is_none_is_refused(use: Use, message: str) -> None:
