@@ -17,7 +17,6 @@ from typing import Literal
 import numpy as np
 from attrs import evolve, field, frozen
 
-from mortice.core.counts import counted
 from mortice.core.model import operators as op
 from mortice.core.model.residency import BoundModel
 from mortice.core.plugin.events import WaysMeasured
@@ -285,9 +284,9 @@ def choices_of(lowering: Lowering) -> dict[str, str]:
     """See `Tuned.measured_choices`; empty where float32 leaves none."""
     crossovers, chosen = lowering.crossovers, {}
     if lowering.quantize_activations and lowering.bulk_copies:
-        chosen["products by rings"] = f"to {counted(crossovers.ring_rows, 'row')}" if crossovers.ring_rows else "none"
+        chosen["products by rings"] = f"to {crossovers.ring_rows} rows" if crossovers.ring_rows else "none"
     if lowering.quantize_activations and lowering.cublas:
-        chosen["products by cuBLAS"] = f"from {counted(crossovers.gemm_from_rows, 'row')}"
+        chosen["products by cuBLAS"] = f"from {crossovers.gemm_from_rows} rows"
     return chosen
 
 
