@@ -23,7 +23,7 @@ from tests.support.hf_folders import write_folder
 from tests.support.tiny import REGISTRY
 from tests.unit.cli.conftest import Mortice
 
-ASKED = ("--prompt", "The joint is cut", "--max-tokens", 12, "--temperature", 1.1)
+ASKED = ("--prompt", "The joint is cut", "--max-tokens", 12, "--temperature", 1.1, "--no-stop-at-eos")
 
 
 @pytest.fixture
