@@ -32,19 +32,17 @@ inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
 inline int __ffs(unsigned word) { return __builtin_ffs(static_cast<int>(word)); }
 inline int __clz(unsigned word) { return word ? __builtin_clz(word) : 32; }
 
-// What each lane of a warp puts out, for all of it to read until all have.
+// What each lane of a warp puts out, for all of it to read; two by turns, see `from_lane`.
 struct Published {
-    unsigned words[32][8];
+    unsigned words[2][32][8];
 };
 template <class Read>
 void with_all_lanes(const unsigned* words, int count, Read read) {
     static thread_local Published warps[32];
-    Meeting& warp = running->warps[threadIdx.x / 32];
-    Published& mine = warps[threadIdx.x / 32];
-    std::memcpy(mine.words[threadIdx.x % 32], words, count * sizeof *words);
-    meet(warp, 32);
-    read(mine.words);
-    meet(warp, 32);
+    auto& turn = warps[threadIdx.x / 32].words[running->warps[threadIdx.x / 32].met & 1];
+    std::memcpy(turn[threadIdx.x % 32], words, count * sizeof *words);
+    meet_in_warp();
+    read(turn);
 }
 inline unsigned __ballot_sync(unsigned, bool vote) {
     unsigned mine = vote, result = 0;

@@ -11,7 +11,7 @@ from pathlib import Path
 from mortice.core.errors import DeviceError
 from mortice.plugins.executors.cuda.device.errors import CompileError
 
-__all__ = ["HEADERS", "ONE_THREAD", "compile_for_cpu", "find_cpu_compiler"]
+__all__ = ["HEADERS", "ONE_THREAD", "build_for_cpu", "compile_for_cpu", "find_cpu_compiler"]
 
 HEADERS = Path(__file__).parent
 """Folder of the stand-ins."""
@@ -19,6 +19,9 @@ ONE_THREAD = HEADERS / "cuda_shim.h"
 """For code whose threads do not work together: one of them does all the work."""
 
 _FLAGS = ("-std=c++17", "-O1", "-fno-strict-aliasing", "-ffp-contract=off", "-w", "-shared", "-fPIC", "-pthread")
+_NOT_SHARED = "-fno-gnu-unique"
+"""g++ makes variables in templates and inline functions one for all libraries of a process, where each kernel has its
+own; clang++ does not, and does not know the option."""
 
 
 def find_cpu_compiler() -> str:
@@ -37,10 +40,15 @@ def find_cpu_compiler() -> str:
 def compile_for_cpu(
     folder: Path, text: str, defines: Mapping[str, str | int], stand_in: Path = ONE_THREAD
 ) -> ctypes.CDLL:
-    """Flattened kernels, as functions of this process.
+    """`build_for_cpu`, as functions of this process; nothing in the folder is needed afterwards."""
+    return ctypes.CDLL(str(build_for_cpu(folder, text, defines, stand_in)))
+
+
+def build_for_cpu(folder: Path, text: str, defines: Mapping[str, str | int], stand_in: Path = ONE_THREAD) -> Path:
+    """Flattened kernels, as a shared library.
 
     Args:
-        folder: where to build; nothing in it is needed afterwards.
+        folder: where to build.
         text: kernels, and what calls them.
         defines: preprocessor macros.
         stand_in: the header that takes the place of ``cuda_fp16.h``.
@@ -55,9 +63,10 @@ def compile_for_cpu(
     source, library = folder / "kernels.cpp", folder / "kernels.so"
     source.write_text(text, encoding="utf-8")
     macros = [f"-D{name}={value}" for name, value in defines.items()]
-    command = [compiler, *_FLAGS, *macros, f"-I{folder}", f"-I{HEADERS}", "-o", str(library), str(source)]
+    flags = _FLAGS if Path(compiler).name.startswith("clang") else (*_FLAGS, _NOT_SHARED)
+    command = [compiler, *flags, *macros, f"-I{folder}", f"-I{HEADERS}", "-o", str(library), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (no shell, no input)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "error" in line][:12]
         raise CompileError("\n".join([f"{compiler} refuses device code:", *(errors or [done.stderr[:1000]])]))
-    return ctypes.CDLL(str(library))
+    return library
