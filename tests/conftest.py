@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 
 import pytest
 from hypothesis import settings
@@ -20,7 +21,11 @@ settings.load_profile("repeatable")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The kit's plugin is here whether mortice is installed or only on the path."""
+    """The kit's plugin is here whether mortice is installed or only on the path; Ctrl-C interrupts as in a terminal.
+
+    A shell has what it starts in the background ignore it.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if not config.pluginmanager.has_plugin("mortice"):
         from mortice.core.testing import pytest_plugin
 

@@ -241,6 +241,8 @@ inline void run_block(Crew& crew, const std::function<void()>& body, unsigned th
     block->body = body;
     block->waited = false;
     for (Thread& thread : block->threads) thread.ended = false;
+    block->all = {};
+    std::fill(std::begin(block->parts), std::end(block->parts), Meeting{});
     block->warps.assign((threads + 31) / 32, {});
     for (auto& lanes : block->lanes) lanes.resize(threads);
     running = block.get();

@@ -3,8 +3,8 @@
 ``driver.cpp`` stands in for ``libcuda.so.1``, and kernels are compiled as C++ with the headers that tests of single
 kernels use. All else is what runs on a card: loading, upload, lowering, graphs, the runtime.
 
-What it cannot tell: anything about speed; races, since threads of a block take turns; what NVRTC and a real driver
-refuse; products by cuBLAS, which is not there.
+What it cannot tell: anything about speed; races, since threads of a block take turns and what is queued is done at
+once; what NVRTC and a real driver refuse; products by cuBLAS, which is not there.
 
     python -m tests.support.cpu_card --capability 8.0 tests/gpu/test_graphs.py -k llama
 
