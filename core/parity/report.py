@@ -120,17 +120,18 @@ def distribution_rows(report: ParityReport) -> Rows:
 def kind_rows(report: ParityReport) -> Rows:
     """A row for each kind of operator, under `KIND_COLUMNS`: the worst error in each kind of step.
 
-    The limit and the place are those of the operator that comes nearest to its limit, or goes furthest beyond.
+    The limit and the place are those of the operator that comes nearest to its limit, or goes furthest beyond. A kind
+    that an executor fuses in one kind of step and not in another has ``-`` where it was not compared.
     """
     rows: Rows = []
     for kind, found in _by_kind(report.comparisons).items():
         worst = max(found, key=_share_of_limit)
-        modes = (max(each.nmse for each in found if each.mode == mode) for mode in MODES)
+        modes = ([each.nmse for each in found if each.mode == mode] for mode in MODES)
         rows.append(
             (
                 kind,
                 str(len({each.operator for each in found})),
-                *(f"{value:.1e}" for value in modes),
+                *(f"{max(values):.1e}" if values else "-" for values in modes),
                 f"{worst.limit:.1e}",
                 worst.operator,
                 _verdict(all(each.passed for each in found)),

@@ -343,6 +343,12 @@ def test_the_table_of_kinds_names_where_it_is_worst(faulty: ParityReport) -> Non
     assert all(row[-1] == "WRONG" for row in distribution_rows(faulty))
 
 
+def test_a_kind_that_only_one_kind_of_step_has_is_told_for_that_one(faulty: ParityReport) -> None:
+    left = tuple(found for found in faulty.comparisons if found.kind != "embed" or found.mode == "prefill")
+    rows = {row[0]: row for row in kind_rows(evolve(faulty, comparisons=left))}
+    assert rows["embed"][1:5] == ("1", "-", "0.0e+00", "-")
+
+
 def test_the_grid_is_cold_before_the_fault_and_hot_at_it(faulty: ParityReport) -> None:
     kinds, rows = grid(faulty)
     cells = {name: dict(zip(kinds, found, strict=True)) for name, found in rows}
